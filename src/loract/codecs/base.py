@@ -1,0 +1,299 @@
+"""The two protocols of the library: a `Codec` turns an activation into a `Packed`, the only thing a graph keeps.
+
+Canonical layout: X is (N tokens, n features); leading dimensions of an activation are flattened into tokens.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from loract.linalg import promote
+
+CONTRACT_ROWS = 1024
+"""Rows promoted at a time in a dense contraction: a whole fp32 copy would undo the saving it serves."""
+
+
+def tokens_features(x: Tensor) -> tuple[int, int]:
+    """Canonical shape (N, n) of an activation of shape (..., n)."""
+    features = x.shape[-1] if x.dim() else 1
+    return (x.numel() // features if features else 0), features
+
+
+class Packed(ABC):
+    """A kept representation of X (N, n): what `save_for_backward` stores, and how to read it.
+
+    `tensors` is everything kept; `bind` rebuilds the object around the same tensors after autograd has returned
+    them, so that no tensor has to live on `ctx` (where saved-tensor hooks and offloaders would not see it).
+    """
+
+    shape: tuple[int, int]
+    dtype: torch.dtype
+    error: Tensor | None = None
+    """Relative Frobenius error ||X - decode()|| / ||X|| estimated a posteriori (0-d, on the device), or None."""
+
+    @property
+    @abstractmethod
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Tensors kept for backward."""
+
+    @abstractmethod
+    def bind(self, tensors: Sequence[Tensor | None]) -> Packed:
+        """The same representation around `tensors` (as many as `self.tensors`; None stands for "not here")."""
+
+    @abstractmethod
+    def decode(self) -> Tensor:
+        """X (N, n) in `dtype`, exact or approximate."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors kept."""
+        return sum(t.numel() * t.element_size() for t in self.tensors)
+
+    def contract(self, g: Tensor) -> Tensor:
+        """g^T X for g (N, r): (r, n) in fp32 (fp64 for fp64 g)."""
+        return contract_dense(g, self.decode())
+
+    def linear(self, weight: Tensor) -> Tensor:
+        """X W^T for W (m, n): (N, m) in `dtype`."""
+        return self.decode() @ weight.to(self.dtype).T
+
+    def affine(
+        self,
+        *,
+        rows: Tensor | None = None,
+        cols: Tensor | None = None,
+        bias: Tensor | None = None,
+        row_bias: Tensor | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Packed:
+        """View diag(rows) X diag(cols) + 1 bias^T + row_bias 1^T; rows, row_bias (N,), cols, bias (n,)."""
+        return Affine(inner=self, vectors=(rows, cols, bias, row_bias), dtype=dtype or self.dtype)
+
+    def reserve(self) -> None:
+        """Announce one more reader in backward (see `Recomputed`)."""
+
+
+@runtime_checkable
+class Codec(Protocol):
+    """How a saved tensor is represented. Implementations are frozen dataclasses that carry their configuration."""
+
+    def codes(self, tokens: int, features: int, dtype: torch.dtype) -> bool:
+        """Whether a tensor of this size would be coded; False means that it is kept exactly."""
+        ...
+
+    def encode(self, x: Tensor, generator: torch.Generator | None = None, state: State | None = None) -> Packed:
+        """Pack x (..., n). `generator` draws on x's device; `state` carries statistics from earlier steps."""
+        ...
+
+
+@dataclass(kw_only=True)
+class State:
+    """What one site remembers between steps: the rank in force and the last basis, both optional."""
+
+    rank: int | None = None
+    basis: Tensor | None = None
+    spectrum: Delayed = field(default_factory=lambda: Delayed())
+
+
+class Delayed:
+    """A device tensor read later without waiting for the device.
+
+    Reading it at once would stall the queue of kernels: `read` returns None until the copy has arrived.
+    """
+
+    def __init__(self) -> None:
+        self._host: Tensor | None = None
+        self._event: torch.cuda.Event | None = None
+
+    def write(self, value: Tensor) -> None:
+        """Start copying `value` to the host."""
+        value = value.detach()
+        if value.is_cuda:
+            host = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
+            host.copy_(value, non_blocking=True)
+            self._host, self._event = host, torch.cuda.Event()
+            self._event.record()
+        else:
+            self._host, self._event = value.clone(), None
+
+    def read(self) -> Tensor | None:
+        """The last value that has arrived, or None."""
+        if self._event is not None and not self._event.query():
+            return None
+        return self._host
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Stored(Packed):
+    """Base of representations that own their tensors."""
+
+    kept: tuple[Tensor, ...]
+    shape: tuple[int, int]
+    dtype: torch.dtype
+    error: Tensor | None = None
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:  # noqa: D102
+        return self.kept
+
+    def bind(self, tensors: Sequence[Tensor | None]) -> Packed:  # noqa: D102
+        return replace(self, kept=tuple(tensors))
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Affine(Packed):
+    """Lazy view diag(rows) X diag(cols) + 1 bias^T + row_bias 1^T of another representation.
+
+    Row and column scaling commute with X ~ C P^T, so a norm's normalised input and its output share one set of
+    factors: reading either costs no second decomposition.
+    """
+
+    inner: Packed
+    vectors: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+    dtype: torch.dtype
+
+    @property
+    def shape(self) -> tuple[int, int]:  # type: ignore[override]
+        """(N, n)."""
+        return self.inner.shape
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:  # noqa: D102
+        return (*self.inner.tensors, *(v for v in self.vectors if v is not None))
+
+    def bind(self, tensors: Sequence[Tensor | None]) -> Packed:  # noqa: D102
+        # An absent vector cannot be told from an unbound one by value, so the unbound ones keep a placeholder.
+        split = len(self.inner.tensors)
+        rest = iter(tensors[split:])
+        bound = tuple(None if v is None else (_UNBOUND if (t := next(rest)) is None else t) for v in self.vectors)
+        return replace(self, inner=self.inner.bind(tensors[:split]), vectors=bound)
+
+    def _scaled(self, index: int, g: Tensor) -> Tensor | None:
+        vector = self.vectors[index]
+        return None if vector is None else vector.to(g.dtype)
+
+    def decode(self) -> Tensor:  # noqa: D102
+        x = promote(self.inner.decode())
+        rows, cols, bias, row_bias = (self._scaled(i, x) for i in range(4))
+        if rows is not None:
+            x = x * rows[:, None]
+        if cols is not None:
+            x = x * cols
+        if bias is not None:
+            x = x + bias
+        if row_bias is not None:
+            x = x + row_bias[:, None]
+        return x.to(self.dtype)
+
+    def contract(self, g: Tensor) -> Tensor:  # noqa: D102
+        g = promote(g)
+        rows, cols, bias, row_bias = (self._scaled(i, g) for i in range(4))
+        out = self.inner.contract(g if rows is None else g * rows[:, None])
+        if cols is not None:
+            out = out * cols
+        if bias is not None:
+            out = out + g.sum(0)[:, None] * bias
+        if row_bias is not None:
+            out = out + (row_bias @ g)[:, None]
+        return out
+
+    def linear(self, weight: Tensor) -> Tensor:  # noqa: D102
+        w = promote(weight)
+        rows, cols, bias, row_bias = (self._scaled(i, w) for i in range(4))
+        out = promote(self.inner.linear(w if cols is None else w * cols))
+        if rows is not None:
+            out = out * rows[:, None]
+        if bias is not None:
+            out = out + w @ bias
+        if row_bias is not None:
+            out = out + row_bias[:, None] * w.sum(1)
+        return out.to(self.dtype)
+
+
+_UNBOUND = torch.empty(0)
+
+
+class Memo:
+    """A tensor rebuilt once for several readers of one backward pass, dropped after the last of them."""
+
+    def __init__(self) -> None:
+        self._left = 0
+        self._value: object | None = None
+
+    def reserve(self) -> None:
+        """Announce a reader, during forward."""
+        self._left += 1
+
+    def get(self, rebuild: Callable[[], object]) -> object:
+        """The value, rebuilt if need be. In a second backward over a retained graph every reader rebuilds."""
+        value = rebuild() if self._value is None else self._value
+        self._left -= 1
+        self._value = value if self._left > 0 else None
+        return value
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Recomputed(Packed):
+    """f(X_1, ..., X_m) of other representations, rebuilt when read and never stored.
+
+    `function` maps the decoded inputs to the tensor, elementwise or row by row; `memo` lets the readers of one
+    backward pass share the result.
+    """
+
+    inputs: tuple[Packed, ...]
+    function: Callable[..., Tensor]
+    shape: tuple[int, int]
+    dtype: torch.dtype
+    memo: Memo = field(default_factory=Memo)
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:  # noqa: D102
+        return tuple(t for packed in self.inputs for t in packed.tensors)
+
+    def bind(self, tensors: Sequence[Tensor | None]) -> Packed:  # noqa: D102
+        return replace(self, inputs=bind_all(self.inputs, tensors))
+
+    def decode(self) -> Tensor:  # noqa: D102
+        with torch.no_grad():
+            return self.function(*(packed.decode() for packed in self.inputs)).reshape(self.shape)
+
+    def contract(self, g: Tensor) -> Tensor:  # noqa: D102
+        x = self.memo.get(self.decode)
+        assert isinstance(x, Tensor)
+        return contract_dense(g, x)
+
+    def reserve(self) -> None:  # noqa: D102
+        self.memo.reserve()
+
+
+def bind_all(packed: Sequence[Packed], tensors: Sequence[Tensor | None]) -> tuple[Packed, ...]:
+    """Bind a flat sequence of tensors to several representations in order."""
+    bound: list[Packed] = []
+    for p in packed:
+        count = len(p.tensors)
+        bound.append(p.bind(tensors[:count]))
+        tensors = tensors[count:]
+    return tuple(bound)
+
+
+def unbound(packed: Packed) -> Packed:
+    """The representation without its tensors, for `ctx`: everything but what `save_for_backward` keeps."""
+    return packed.bind([None] * len(packed.tensors))
+
+
+def contract_dense(g: Tensor, x: Tensor) -> Tensor:
+    """g^T x accumulated in fp32, promoting at most `CONTRACT_ROWS` rows of x at a time on CPU."""
+    g = promote(g)
+    if x.dtype == g.dtype:
+        return g.T @ x
+    rows = CONTRACT_ROWS if x.device.type == "cpu" else max(1, len(x))
+    out = g.new_zeros(g.shape[1], x.shape[1])
+    for start in range(0, len(x), rows):
+        out.addmm_(g[start : start + rows].T, x[start : start + rows].to(g.dtype))
+    return out
