@@ -73,7 +73,7 @@ class LowRank:
         kept = basis.to(x.dtype)
         coefficients = x @ kept
         total = squared_norm(x)
-        error = posterior_error(total, squared_norm(coefficients), x.dtype).clamp_min(posterior_floor(x.dtype))
+        error = posterior_error(total, squared_norm(coefficients)).clamp_min(posterior_floor(x.dtype))
         if self.tolerance is not None and state is not None:
             self._follow(coefficients, total, features, state)
         return LowRankPacked(kept=(coefficients, kept), shape=(tokens, features), dtype=x.dtype, error=error)

@@ -1,0 +1,1 @@
+"""Autograd Functions that keep packed tensors."""

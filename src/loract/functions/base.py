@@ -1,0 +1,59 @@
+"""What every autograd Function of the package shares: saving packed tensors, restoring autocast."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loract.codecs.base import Packed, bind_all, unbound
+
+Forward = Callable[..., Tensor]
+"""A module's own forward: functions obtain their output by running it, so that values never change."""
+
+
+def save(ctx: Any, packed: tuple[Packed, ...], *others: Tensor | None) -> None:
+    """Keep `packed` and `others` through save_for_backward: attributes of ctx would escape saved-tensor hooks."""
+    ctx.save_for_backward(*others, *(t for p in packed for t in p.tensors))
+    ctx.others = len(others)
+    ctx.packed = tuple(unbound(p) for p in packed)
+
+
+def load(ctx: Any) -> tuple[tuple[Packed, ...], tuple[Tensor | None, ...]]:
+    """The packed tensors and the others, in the order they were saved."""
+    saved = ctx.saved_tensors
+    return bind_all(ctx.packed, saved[ctx.others :]), saved[: ctx.others]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Autocast:
+    """The autocast state of a forward pass, to run part of it again in backward."""
+
+    device_type: str
+    enabled: bool
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, x: Tensor) -> Autocast:
+        """The state now, for x's device."""
+        kind = x.device.type
+        return cls(
+            device_type=kind, enabled=torch.is_autocast_enabled(kind), dtype=torch.get_autocast_dtype(kind)
+        )
+
+    def wrap(self, function: Forward) -> Forward:
+        """`function`, run in this state."""
+
+        def restored(*args: Tensor) -> Tensor:
+            with torch.autocast(self.device_type, dtype=self.dtype, enabled=self.enabled):
+                return function(*args)
+
+        return restored
+
+
+def no_autocast(x: Tensor) -> torch.autocast:
+    """Backward formulas choose their own precision."""
+    return torch.autocast(x.device.type, enabled=False)

@@ -1,0 +1,137 @@
+"""RMSNorm and LayerNorm families with one packed tensor for the norm and for everything that reads its output.
+
+With r = rstd, xhat = r (x - mean) and y = xhat * w + b:
+    dx = r (gw - [mean(gw)] - xhat mean(gw * xhat)),  gw = g * w    (the bracket only where the norm centres).
+Exact codec: x is kept; xhat and y are recomputed by the module's own arithmetic. Lossy codecs factor s * xhat, from
+which both xhat (columns 1/s) and y (columns w/s, bias b) are views.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from loract.codecs.base import CONTRACT_ROWS, Packed, Recomputed, tokens_features
+from loract.codecs.exact import Exact
+from loract.functions.base import Autocast, Forward, load, no_autocast, save
+from loract.linalg import promote, row_norms
+
+
+@dataclass(frozen=True, kw_only=True)
+class NormRole:
+    """What a norm module computes: y = rstd (x - [mean]) (offset + weight) + bias over the last dimension."""
+
+    centred: bool
+    offset: float
+    eps: float
+    weight: str | None
+    bias: str | None
+
+    def scale(self, weight: Tensor | None) -> Tensor | None:
+        """The factor offset + weight (n,), in fp32 or wider; None stands for ones."""
+        return None if weight is None else promote(weight) + self.offset
+
+    def statistics(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """rstd (N, 1) and, where the norm centres, mean (N, 1) of x (N, n), accumulated in fp32 or wider."""
+        if self.centred:
+            variance, mean = torch.var_mean(promote(x), dim=-1, keepdim=True, correction=0)
+            return (variance + self.eps).rsqrt_(), mean
+        return (row_norms(x).square_().div_(x.shape[-1]) + self.eps).rsqrt_(), None
+
+    def normalise(self, x: Tensor, rstd: Tensor, mean: Tensor | None) -> Tensor:
+        """xhat (N, n) in fp32 or wider."""
+        return (promote(x) if mean is None else x - mean) * rstd
+
+
+def metric(scale: Tensor | None) -> Tensor | None:
+    """Per-channel s in which xhat is factored: between 1 and |w|, never zero, so that no reader divides by zero.
+
+    Factoring y = xhat * w serves its readers but loses channels with w = 0, which the norm's own backward needs
+    (Gemma's 1 + w reaches zero in real weights); factoring xhat serves neither well where weights differ widely.
+    """
+    return None if scale is None else (1 + scale.abs()) / 2
+
+
+@dataclass(kw_only=True)
+class NormCall:
+    """One call of a norm: how to run it, how to pack, and afterwards what stands for its output."""
+
+    role: NormRole
+    forward: Forward
+    lossy: bool
+    encode: Callable[[Tensor], Packed]
+    output: Packed | None = None
+
+
+def norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, call: NormCall) -> Tensor:
+    """y = call.forward(x) for x (..., n); `call.output` then represents y for the products that read it."""
+    return _Norm.apply(x, weight, bias, call)  # type: ignore[no-any-return]
+
+
+class _Norm(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, call: NormCall) -> Tensor:
+        y = call.forward(x)
+        ctx.role, ctx.lossy, ctx.like = call.role, call.lossy, (x.shape, x.dtype)
+        rstd = None
+        if call.lossy:
+            with no_autocast(x):
+                flat = x.reshape(-1, x.shape[-1])
+                rstd, mean = call.role.statistics(flat)
+                scale = call.role.scale(weight)
+                s = metric(scale)
+                value = call.role.normalise(flat, rstd, mean)
+                packed = call.encode((value if s is None else value.mul_(s)).to(x.dtype))
+                inverse = None if s is None else s.reciprocal()
+                cols = None if s is None or scale is None else scale / s
+                shift = None if bias is None else promote(bias)
+                call.output = packed.affine(cols=cols, bias=shift, dtype=y.dtype)
+                packed = packed.affine(cols=inverse, dtype=promote(x[:0]).dtype)
+        else:
+            packed = Exact().encode(x)
+            again = Autocast.of(x).wrap(call.forward)
+            shaped = _reshaped(again, x.shape)
+            call.output = Recomputed(inputs=(packed,), function=shaped, shape=tokens_features(x), dtype=y.dtype)
+        save(ctx, (packed,), weight, rstd)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (packed,), (weight, rstd) = load(ctx)
+        role, (shape, dtype) = ctx.role, ctx.like
+        with no_autocast(grad):
+            grad = grad.reshape(-1, shape[-1])
+            kept, scale = packed.decode(), role.scale(weight)
+            out = torch.empty(kept.shape, dtype=dtype, device=kept.device)
+            grad_weight = torch.zeros_like(scale) if scale is not None and ctx.needs_input_grad[1] else None
+            # Chunks keep the fp32 temporaries of some ten elementwise passes in cache.
+            rows = CONTRACT_ROWS if kept.device.type == "cpu" else max(1, len(kept))
+            for start in range(0, len(kept), rows):
+                part = slice(start, start + rows)
+                g, x = grad[part], kept[part]
+                if ctx.lossy:
+                    xhat, r = x, rstd[part]
+                else:
+                    r, mean = role.statistics(x)
+                    xhat = role.normalise(x, r, mean)
+                gw = promote(g) if scale is None else g * scale
+                if grad_weight is not None:
+                    grad_weight += (g * xhat).sum(0)
+                dot = (gw * xhat).mean(-1, keepdim=True)
+                if role.centred:
+                    gw = gw - gw.mean(-1, keepdim=True)
+                out[part] = torch.addcmul(gw, xhat, dot, value=-1).mul_(r)
+            grad_bias = promote(grad).sum(0) if ctx.needs_input_grad[2] else None
+        cast = [None if g is None or weight is None else g.to(weight.dtype) for g in (grad_weight, grad_bias)]
+        return out.reshape(shape), *cast, None
+
+
+def _reshaped(forward: Forward, shape: torch.Size) -> Forward:
+    return lambda x: forward(x.reshape(shape))
