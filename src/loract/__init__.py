@@ -1,0 +1,28 @@
+"""Fine-tune large models in a fraction of the activation memory: LoRAct (arXiv:2509.23472) and beyond."""
+
+from loract.attach import Handle, attach
+from loract.codecs import Exact, LowRank, Quantized
+from loract.errors import InvalidSpec, LoractError, MissingExtra, UnsupportedModule
+from loract.policy import Policy, Rule, Site, preset
+from loract.rangefinder import Gaussian, Sampled, Truncated
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Exact",
+    "Gaussian",
+    "Handle",
+    "InvalidSpec",
+    "LoractError",
+    "LowRank",
+    "MissingExtra",
+    "Policy",
+    "Quantized",
+    "Rule",
+    "Sampled",
+    "Site",
+    "Truncated",
+    "UnsupportedModule",
+    "attach",
+    "preset",
+]

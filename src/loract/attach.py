@@ -1,0 +1,313 @@
+"""`attach(model, policy)`: replace forwards by ones that keep packed tensors; undo everything on detach."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from loract.codecs import Exact, Packed
+from loract.errors import LoractError, UnsupportedModule
+from loract.functions.adapter import adapter_product
+from loract.functions.gated import GatedCall, gated
+from loract.functions.norm import NormCall, norm
+from loract.policy import Policy, as_policy
+from loract.recognize import (
+    ActivationRole,
+    AdapterRole,
+    AttentionRole,
+    Found,
+    GatedRole,
+    NormRole,
+    features_of,
+    gated_forward,
+    preserved,
+    probe,
+    recognize,
+)
+from loract.saved import Index, Ledger, RunningSite, SiteStats, attention_hooks
+
+ATTENTION = "loract_sdpa"
+"""Name in transformers' attention registry; modules reach it through a copy of their config."""
+
+_MARK = "_loract_handle"
+
+
+class Handle:
+    """What `attach` returns. A context manager: leaving it detaches, also after an exception."""
+
+    def __init__(self, model: nn.Module, policy: Policy, seed: int) -> None:
+        """Recognise and patch; on any failure the model is left as it was."""
+        self.model, self.policy, self.seed = model, policy, seed
+        self.index, self.ledger = Index(), Ledger()
+        self.sites: list[RunningSite] = []
+        self.left: list[tuple[str, str, str]] = []
+        self._undo: list[Callable[[], None]] = []
+        self._inputs = threading.local()
+        try:
+            self._attach()
+        except BaseException:
+            self.detach()
+            raise
+
+    def _attach(self) -> None:
+        found = recognize(self.model)
+        self.left = list(found.left)
+        setattr(self.model, _MARK, self)
+        self._undo.append(lambda: delattr(self.model, _MARK))
+        for item in found.sites:
+            codec = self.policy.codec(item.site)
+            if codec is None:
+                self.left.append((item.site.name, type(item.module).__name__, "no rule of the policy"))
+                continue
+            site = RunningSite(site=item.site, codec=codec, seed=self.seed, index=self.index, ledger=self.ledger)
+            undone = len(self._undo)
+            expected = _observe(item)
+            _PATCHES[type(item.role)](self, item, site)
+            if not all(torch.equal(a, b) for a, b in zip(expected, _observe(item), strict=True)):
+                while len(self._undo) > undone:
+                    self._undo.pop()()
+                self.left.append((item.site.name, type(item.module).__name__, "values are not bit-equal"))
+                continue
+            self.sites.append(site)
+        for site in self.sites:  # probing counted
+            site.step, site.stats = 0, SiteStats(kind=site.site.kind, name=site.site.name, codec=site.stats.codec)
+        if not self.sites:
+            raise UnsupportedModule(
+                f"{type(self.model).__name__} without a single recognisable site",
+                "a model with LoRA adapters, norms or gated blocks",
+                "add adapters first (peft.get_peft_model), or see handle.left on a part of the model",
+            )
+
+    def stats(self) -> list[SiteStats]:
+        """Per site, over its last call with gradients: bytes before and after, calls, error."""
+        return [site.report() for site in self.sites]
+
+    def summary(self) -> dict[str, int]:
+        """How many sites of each kind are attached."""
+        return dict(Counter(site.site.kind for site in self.sites))
+
+    def detach(self) -> None:
+        """Give the model its own forwards back. Harmless when called twice."""
+        while self._undo:
+            self._undo.pop()()
+
+    def __enter__(self) -> Handle:
+        """Attached already: `attach` acts at once."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Detach."""
+        self.detach()
+
+    def _set(self, target: object, name: str, value: object) -> None:
+        """Set an instance attribute and remember how to undo it."""
+        own = vars(target)
+        had, old = name in own, own.get(name)
+
+        def undo() -> None:
+            if had:
+                setattr(target, name, old)
+            else:
+                delattr(target, name)
+
+        setattr(target, name, value)
+        self._undo.append(undo)
+
+    def _patch_adapter(self, item: Found, site: RunningSite) -> None:
+        layer, role = item.module, item.role
+        original = layer.forward
+        stack: list[Tensor] = []
+
+        def forward(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+            stack = self._stack()
+            stack.append(x)
+            try:
+                return original(x, *args, **kwargs)
+            finally:
+                stack.pop()
+
+        self._set(layer, "forward", forward)
+        del stack
+        for name in role.adapters:
+            dropout = layer.lora_dropout[name]  # type: ignore[index,union-attr]
+            a = layer.lora_A[name]  # type: ignore[index,union-attr]
+            self._set(a, "forward", self._adapter_forward(a, a.forward, dropout, site))
+
+    def _stack(self) -> list[Tensor]:
+        """Inputs of the adapter layers being run by this thread."""
+        if not hasattr(self._inputs, "stack"):
+            self._inputs.stack = []
+        return self._inputs.stack
+
+    def _adapter_forward(
+        self, a: nn.Linear, original: Callable[[Tensor], Tensor], dropout: nn.Module, site: RunningSite
+    ) -> Callable[[Tensor], Tensor]:
+        def forward(x: Tensor) -> Tensor:
+            if not torch.is_grad_enabled() or not a.weight.requires_grad:
+                return original(x)
+            site.begin(x.numel() * x.element_size())
+            stack = self._stack()
+            dropped = dropout.training and getattr(dropout, "p", 0.0) > 0
+            # Before PEFT's cast the tensor is the one that the other projections and the norm know.
+            source = stack[-1] if stack and not dropped and stack[-1].shape == x.shape else x
+            return adapter_product(x, a.weight, site.share(source), original)
+
+        return forward
+
+    def _patch_norm(self, item: Found, site: RunningSite) -> None:
+        module, role = item.module, item.role
+        original = module.forward
+        assert isinstance(role, NormRole)
+
+        def forward(x: Tensor) -> Tensor:
+            weight = None if role.weight is None else getattr(module, role.weight)
+            bias = None if role.bias is None else getattr(module, role.bias)
+            trains = any(t is not None and t.requires_grad for t in (x, weight, bias))
+            if not torch.is_grad_enabled():
+                return original(x)
+            if not trains:  # nothing to save for the norm itself, but its readers can share the input
+                y = original(x)
+                return y
+            site.begin(_norm_bytes(x, role))
+            lossy = site.lossy(x)
+            call = NormCall(role=role, forward=original, lossy=lossy, encode=site.encode)
+            y = norm(x, weight, bias, call)
+            if not lossy:
+                site.keep(x)
+            if call.output is not None:
+                self.index.put(y, call.output)
+            return y
+
+        self._set(module, "forward", forward)
+
+    def _patch_gated(self, item: Found, site: RunningSite) -> None:
+        module, role = item.module, item.role
+        original = module.forward
+        activation = getattr(module, role.activation).forward
+
+        def forward(x: Tensor) -> Tensor:
+            if not torch.is_grad_enabled():
+                return original(x)
+            return gated_forward(module, role, x, lambda gate, up: self._gated(gate, up, activation, site))
+
+        self._set(module, "forward", forward)
+
+    def _patch_activation(self, item: Found, site: RunningSite) -> None:
+        original = item.module.forward
+
+        def forward(x: Tensor) -> Tensor:
+            if not torch.is_grad_enabled() or not x.requires_grad:
+                return original(x)
+            return self._gated(x, None, original, site)
+
+        self._set(item.module, "forward", forward)
+
+    def _gated(
+        self, gate: Tensor, up: Tensor | None, activation: Callable[[Tensor], Tensor], site: RunningSite
+    ) -> Tensor:
+        if not (gate.requires_grad or (up is not None and up.requires_grad)):
+            active = activation(gate)
+            return active if up is None else active * up
+        size = gate.numel() * gate.element_size()
+        site.begin(size if up is None else 3 * size)
+        call = GatedCall(activation=activation, gate=self._operand(gate, site), up=None)
+        if up is not None:
+            call.up = self._operand(up, site)
+        out = gated(gate, up, call)
+        assert call.output is not None
+        self.index.put(out, call.output)
+        return out
+
+    def _operand(self, x: Tensor, site: RunningSite) -> Packed:
+        if site.lossy(x):
+            return site.encode(x)
+        site.keep(x)
+        return Exact().encode(x)
+
+    def _patch_attention(self, item: Found, site: RunningSite) -> None:
+        _register_attention()
+        config = copy.copy(item.module.config)
+        # The copy reaches this module alone: masks are made by the model from its own config, which stays "sdpa".
+        object.__setattr__(config, "_attn_implementation_internal", ATTENTION)
+        self._set(item.module, "config", config)
+        self._set(item.module, "_loract_site", site)
+
+
+def _observe(item: Found) -> list[Tensor]:
+    """Values of a module on a probe in training and evaluation, with gradients on and off."""
+    features = _probe_features(item)
+    if features is None:
+        return []
+    values: list[Tensor] = []
+    for training in (True, False):
+        for grad in (True, False):
+            with preserved(item.module, training=training), torch.set_grad_enabled(grad):
+                values.append(item.module(probe(item.module, features).requires_grad_(grad)).detach())
+    return values
+
+
+def _probe_features(item: Found) -> int | None:
+    if isinstance(item.role, AdapterRole):
+        return (features_of(item.module) or (None,))[0]
+    if isinstance(item.role, NormRole):
+        return getattr(item.module, item.role.weight or "").shape[0]
+    if isinstance(item.role, GatedRole):
+        return (features_of(getattr(item.module, item.role.first)) or (None,))[0]
+    return None if isinstance(item.role, AttentionRole) else 8
+
+
+def _norm_bytes(x: Tensor, role: NormRole) -> int:
+    """Bytes that the module's eager arithmetic saves: LayerNorm its input, the RMS family fp32 intermediates too."""
+    if role.centred:
+        return x.numel() * x.element_size()
+    return x.numel() * (4 * 3 if x.element_size() < 4 else 2 * x.element_size())
+
+
+def _register_attention() -> None:
+    """Offer our attention to transformers' registry, under its own name, once."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    if ATTENTION in ALL_ATTENTION_FUNCTIONS:
+        return
+    inner = ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+    def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kw: Any) -> Any:
+        site = getattr(module, "_loract_site", None)
+        if site is None or not torch.is_grad_enabled() or not query.requires_grad:
+            return inner(module, query, key, value, mask, **kw)
+        with attention_hooks(site, key, value, mask):
+            return inner(module, query, key, value, mask, **kw)
+
+    ALL_ATTENTION_FUNCTIONS.register(ATTENTION, attention)
+
+
+_PATCHES: dict[type, Callable[[Handle, Found, RunningSite], None]] = {
+    AdapterRole: Handle._patch_adapter,
+    NormRole: Handle._patch_norm,
+    GatedRole: Handle._patch_gated,
+    AttentionRole: Handle._patch_attention,
+    ActivationRole: Handle._patch_activation,
+}
+
+
+def attach(model: nn.Module, policy: str | Policy = "exact", *, seed: int = 0) -> Handle:
+    """Make `model` keep its activations as `policy` says; acts at once.
+
+    Forward values stay bit-identical; only what backward reads changes. Use as a context manager, or call
+    `handle.detach()`.
+
+    Raises:
+        InvalidSpec: an unknown preset or bad rank.
+        UnsupportedModule: no site is recognised.
+        LoractError: the model is attached already.
+    """
+    chosen = as_policy(policy)
+    if any(_MARK in vars(m) for m in model.modules()):
+        raise LoractError("a model that is attached already", "a model without loract", "call handle.detach() first")
+    return Handle(model, chosen, seed)

@@ -1,0 +1,116 @@
+"""Which codec each site gets: ordered rules, first match wins. Pure data and pure functions."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Literal, get_args
+
+from loract.codecs import Codec, Exact, LowRank
+from loract.errors import InvalidSpec
+
+Kind = Literal["adapter_input", "norm", "gated", "attention"]
+KINDS: tuple[str, ...] = get_args(Kind)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Site:
+    """One place where the graph saves an activation: its kind, the module's dotted name, and the layer in it."""
+
+    kind: Kind
+    name: str
+
+    @property
+    def layer(self) -> int | None:
+        """First number in the dotted name: the layer of a stack; None outside one.
+
+        Example:
+            >>> Site(kind="norm", name="model.layers.3.mlp").layer
+            3
+        """
+        found = re.search(r"(?:^|\.)(\d+)(?:\.|$)", self.name)
+        return int(found.group(1)) if found else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """Sites of `kind` whose name matches the glob and whose layer lies in [first, last] get `codec`."""
+
+    kind: Kind
+    codec: Codec
+    name: str = "*"
+    layers: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        """Validate.
+
+        Raises:
+            InvalidSpec: an unknown kind or something that is no codec.
+        """
+        if self.kind not in KINDS:
+            raise InvalidSpec(f"kind={self.kind!r}", f"one of {', '.join(KINDS)}", _nearest(self.kind, KINDS))
+        if not isinstance(self.codec, Codec):
+            raise InvalidSpec(f"codec={self.codec!r}", "a Codec", "pass for example loract.LowRank(rank=0.125)")
+
+    def matches(self, site: Site) -> bool:
+        """Whether this rule decides for `site`."""
+        inside = self.layers is None or (site.layer is not None and self.layers[0] <= site.layer <= self.layers[1])
+        return site.kind == self.kind and fnmatchcase(site.name, self.name) and inside
+
+
+@dataclass(frozen=True, kw_only=True)
+class Policy:
+    """Ordered rules; a site that none matches is left to plain autograd."""
+
+    name: str
+    rules: tuple[Rule, ...]
+
+    def codec(self, site: Site) -> Codec | None:
+        """The codec of the first rule that matches."""
+        return next((rule.codec for rule in self.rules if rule.matches(site)), None)
+
+
+PRESETS = ("exact", "tensor")
+
+
+def preset(name: str, *, rank: int | float | None = None, codec: Codec | None = None) -> Policy:
+    """A named policy.
+
+    `exact` shares, fuses and drops duplicates without loss. `tensor` codes every adapter input, norm and gate by
+    itself, LoRAct's per-tensor mode, with `codec` (default LowRank(rank=rank), rank 1/8); attention stays exact.
+
+    Raises:
+        InvalidSpec: an unknown name, a rank out of range, or an option the preset does not take.
+
+    Example:
+        >>> preset("tensor", rank=0.25).rules[0].codec.rank
+        0.25
+    """
+    if name not in PRESETS:
+        raise InvalidSpec(f"preset {name!r}", f"one of {', '.join(PRESETS)}", _nearest(str(name), PRESETS))
+    if rank is not None and codec is not None:
+        raise InvalidSpec("both rank and codec", "one of them", "put the rank into the codec: LowRank(rank=...)")
+    if name == "exact":
+        if rank is not None or codec is not None:
+            raise InvalidSpec("preset 'exact' with a rank or codec", "neither", 'use preset("tensor", ...)')
+        codec = Exact()
+    chosen = codec or LowRank(rank=0.125 if rank is None else rank)
+    coded: tuple[Kind, ...] = ("adapter_input", "norm", "gated")
+    rules = tuple(Rule(kind=kind, codec=chosen) for kind in coded)
+    return Policy(name=name, rules=(*rules, Rule(kind="attention", codec=Exact())))
+
+
+def as_policy(policy: str | Policy) -> Policy:
+    """A Policy as it is, a name as the preset of that name."""
+    if isinstance(policy, Policy):
+        return policy
+    if isinstance(policy, str):
+        return preset(policy)
+    raise InvalidSpec(f"policy {policy!r}", "a preset name or a Policy", f"use one of {', '.join(PRESETS)}")
+
+
+def _nearest(name: str, known: tuple[str, ...]) -> str:
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+    return f"did you mean {close[0]!r}?"
