@@ -80,20 +80,17 @@ class Quantized:
         codes = levels.nan_to_num_(0.0).clamp_(0, 2**self.bits - 1).to(torch.uint8).reshape(tokens, -1)
         step = torch.where(torch.isfinite(step) & torch.isfinite(low), step, torch.full_like(step, torch.nan))
         kept = (pack(codes, self.bits), low.squeeze(-1), step.squeeze(-1))
-        return QuantizedPacked(kept=kept, shape=(tokens, features), dtype=x.dtype).sized(self.bits, group)
+        return QuantizedPacked(
+            kept=kept, shape=(tokens, features), dtype=x.dtype, bits=self.bits, group=group
+        )
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
 class QuantizedPacked(Stored):
     """Codes (N, bytes), low and step (N, groups)."""
 
-    bits: int = 8
-    group: int = 64
-
-    def sized(self, bits: int, group: int) -> QuantizedPacked:
-        """This object, told its layout."""
-        object.__setattr__(self, "bits", bits)
-        object.__setattr__(self, "group", group)
-        return self
+    bits: int
+    group: int
 
     def decode(self) -> Tensor:
         """low + step * code (N, n)."""
