@@ -1,6 +1,7 @@
 """Fine-tune large models in a fraction of the activation memory: LoRAct (arXiv:2509.23472) and beyond."""
 
 from loract.attach import Handle, attach
+from loract.audit import Fidelity, audit
 from loract.codecs import Exact, LowRank, Quantized
 from loract.errors import InvalidSpec, LoractError, MissingExtra, UnsupportedModule
 from loract.policy import Policy, Rule, Site, preset
@@ -10,6 +11,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Exact",
+    "Fidelity",
     "Gaussian",
     "Handle",
     "InvalidSpec",
@@ -24,5 +26,6 @@ __all__ = [
     "Truncated",
     "UnsupportedModule",
     "attach",
+    "audit",
     "preset",
 ]

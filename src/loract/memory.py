@@ -1,0 +1,123 @@
+"""Measured bytes: saved for backward, peak, and records of both. Device neutral."""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import weakref
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+T = TypeVar("T")
+MIB = 1 << 20
+
+
+class StorageTracker(TorchDispatchMode):
+    """Bytes of the storages created while active and still alive, by weak references alone.
+
+    It sees every tensor that an operator returns, in forward and in backward, and every death, so state parked on
+    an autograd context counts as much as saved tensors. Storages that existed before are not counted; temporaries
+    inside a kernel are not seen.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.current_bytes = 0
+        self.peak_bytes = 0
+        self._alive: dict[int, tuple[Any, int]] = {}
+        self._before: set[int] = set()
+
+    def exclude(self, tensors: Iterable[Tensor]) -> None:
+        """Never count these tensors' storages (parameters, batches)."""
+        self._before |= {t.untyped_storage()._cdata for t in tensors}
+
+    def bytes_of(self, tensors: Iterable[Tensor]) -> int:
+        """Counted bytes in the storages of `tensors`."""
+        keys = {t.untyped_storage()._cdata for t in tensors}
+        return sum(size for key, (_, size) in self._alive.items() if key in keys)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        inputs = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor) and leaf.layout == torch.strided:
+                storage = leaf.untyped_storage()
+                key = storage._cdata
+                if key not in self._alive and key not in self._before and key not in inputs:
+                    self._add(key, storage)
+        return out
+
+    def _add(self, key: int, storage: torch.UntypedStorage) -> None:
+        size = storage.nbytes()
+        if size == 0:
+            return
+        self._alive[key] = (weakref.ref(storage, lambda _, key=key, size=size: self._drop(key, size)), size)
+        self.current_bytes += size
+        self.peak_bytes = max(self.peak_bytes, self.current_bytes)
+
+    def _drop(self, key: int, size: int) -> None:
+        self._alive.pop(key, None)
+        self.current_bytes -= size
+
+
+def saved_bytes(forward: Callable[[], T], parameters: Iterable[Tensor] = ()) -> tuple[int, T]:
+    """Bytes of storages created by `forward()` that are alive after it, without its outputs'; and the output.
+
+    What autograd keeps for backward plus whatever else the forward left behind.
+    """
+    with StorageTracker() as tracker:
+        tracker.exclude(parameters)
+        output = forward()
+    leaves = [t for t in tree_leaves(output) if isinstance(t, Tensor)]
+    return tracker.current_bytes - tracker.bytes_of(leaves), output
+
+
+def peak_bytes(step: Callable[[], object], parameters: Iterable[Tensor] = ()) -> int:
+    """Peak bytes that `step()` adds: the allocator's on CUDA, the tracker's elsewhere."""
+    held = list(parameters)
+    if any(p.is_cuda for p in held):
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        start = torch.cuda.memory_allocated()
+        step()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - start
+    with StorageTracker() as tracker:
+        tracker.exclude(held)
+        step()
+    return tracker.peak_bytes
+
+
+def peak_rss_bytes() -> int:
+    """Peak resident bytes of this process so far; the difference over a step is meaningful in a fresh process."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """One measured configuration. Bytes are bytes, times seconds; None where it was not measured."""
+
+    name: str
+    saved_bytes: int
+    peak_bytes: int
+    step_seconds: float
+    time_ratio: float
+    cosine: float | None = None
+    relative_error: float | None = None
+    train_loss: float | None = None
+    held_out_loss: float | None = None
+    extra: dict[str, Any] = field(default_factory=lambda: dict[str, Any]())
+
+    def append(self, path: Path) -> None:
+        """Add the record to a JSON-lines file."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a") as file:
+            file.write(json.dumps(asdict(self)) + "\n")
