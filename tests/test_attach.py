@@ -8,9 +8,8 @@ import loract
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 
-from tiny import FAMILIES, build, run, weights  # noqa: E402
-
 from loract.memory import saved_bytes  # noqa: E402
+from tiny import FAMILIES, build, run, weights  # noqa: E402
 
 FULL = loract.LowRank(rank=1.0, guard=False)
 
@@ -33,16 +32,19 @@ def test_gradients_equal_autograd(family, policy, tolerance):
         stats = handle.stats()
     assert torch.equal(reference, ours)
     assert (gradients(model) - expected).norm() <= tolerance * expected.norm()
-    assert handle.summary() == FAMILIES[family].sites
+    assert handle.summary() == FAMILIES[family]
     assert all(s.calls >= 1 for s in stats)
     if policy != "exact":
-        assert all(s.coded for s in stats if s.kind in ("norm", "gated"))
+        uncoded = [s for s in stats if s.kind != "attention" and s.bytes_before and not s.coded]
+        # Attention keeps its output exactly, so the projection after it holds that tensor for nothing.
+        assert len(uncoded) == 2
+        assert {(s.kind, s.bytes_after) for s in uncoded} == {("adapter_input", 0)}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("policy", ["exact", "tensor"])
 def test_presets_keep_values_and_halve_bytes(family, policy):
-    model, batch = build(family, length=128)
+    model, batch = build(family, length=128, dtype=torch.bfloat16)
     plain, expected = saved_bytes(lambda: run(model, batch, backward=False), model.parameters())
     state = torch.get_rng_state()
     with loract.attach(model, policy):
@@ -52,7 +54,7 @@ def test_presets_keep_values_and_halve_bytes(family, policy):
             assert torch.equal(run(model.eval(), batch, backward=False), values)
         model.train()
     assert torch.equal(values, expected)
-    assert ours <= FAMILIES[family].share[policy] * plain
+    assert ours <= 0.5 * plain
 
 
 def test_detach_restores_after_an_exception():

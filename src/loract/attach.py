@@ -122,7 +122,6 @@ class Handle:
     def _patch_adapter(self, item: Found, site: RunningSite) -> None:
         layer, role = item.module, item.role
         original = layer.forward
-        stack: list[Tensor] = []
 
         def forward(x: Tensor, *args: Any, **kwargs: Any) -> Any:
             stack = self._stack()
@@ -133,7 +132,6 @@ class Handle:
                 stack.pop()
 
         self._set(layer, "forward", forward)
-        del stack
         for name in role.adapters:
             dropout = layer.lora_dropout[name]  # type: ignore[index,union-attr]
             a = layer.lora_A[name]  # type: ignore[index,union-attr]
@@ -171,9 +169,9 @@ class Handle:
             trains = any(t is not None and t.requires_grad for t in (x, weight, bias))
             if not torch.is_grad_enabled():
                 return original(x)
-            if not trains:  # nothing to save for the norm itself, but its readers can share the input
-                y = original(x)
-                return y
+            if not trains:  # autograd saves nothing for it; what its readers need they pack themselves
+                site.begin(0)
+                return original(x)
             site.begin(_norm_bytes(x, role))
             lossy = site.lossy(x)
             call = NormCall(role=role, forward=original, lossy=lossy, encode=site.encode)

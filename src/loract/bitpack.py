@@ -49,7 +49,7 @@ def unpack(packed: Tensor, bits: int, cols: int) -> Tensor:
     mask = 2**bits - 1
     if 8 % bits == 0:
         lanes = [(packed >> (lane * bits)) & mask for lane in range(8 // bits)]
-        return torch.stack(lanes, dim=-1).reshape(rows, -1)[:, :cols]
+        return torch.stack(lanes, dim=-1).reshape(rows, nbytes * (8 // bits))[:, :cols]
     groups = -(-cols // 8)
     lanes8 = pad(packed, (0, groups * bits - nbytes)).reshape(rows, groups, bits)
     out = torch.empty(rows, groups, 8, dtype=torch.uint8, device=packed.device)

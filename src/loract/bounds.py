@@ -11,7 +11,7 @@ from loract.linalg import promote
 
 
 def coherence(u: Tensor) -> float:
-    """mu = (m / k) max_i ||u_i||^2 of orthonormal columns u (m, k): 1 when spread evenly, m / k at worst.
+    """Mu = (m / k) max_i ||u_i||^2 of orthonormal columns u (m, k): 1 when spread evenly, m / k at worst.
 
     Example:
         >>> coherence(torch.eye(4)[:, :2])
@@ -32,7 +32,7 @@ def sampled_bound(sigma_next: float, rows: int, samples: int, epsilon: float) ->
 
 
 def failure_probability(rank: int, samples: int, coherence: float, epsilon: float) -> float:
-    """k (exp(-e) / (1 - e)^(1 - e))^(l / (mu k)), at most 1.
+    """K (exp(-e) / (1 - e)^(1 - e))^(l / (mu k)), at most 1.
 
     The matrix Chernoff bound (Tropp 2012, theorem 1.1), which holds without replacement too (Gross & Nesme 2010).
     """

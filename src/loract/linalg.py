@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
+
+CHUNK_ROWS = 256
+"""Rows widened at a time on CPU: what stays in cache costs no page faults."""
 
 
 def promote(x: Tensor) -> Tensor:
@@ -14,6 +19,12 @@ def promote(x: Tensor) -> Tensor:
         torch.float32
     """
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def row_chunks(x: Tensor) -> Iterator[slice]:
+    """Slices of the rows of x (N, n): `CHUNK_ROWS` at a time on CPU, all at once on an accelerator."""
+    step = CHUNK_ROWS if x.is_cpu else max(1, len(x))
+    return (slice(start, start + step) for start in range(0, len(x), step))
 
 
 def orthonormalise(y: Tensor) -> Tensor:
@@ -31,18 +42,19 @@ def gram(x: Tensor, y: Tensor) -> Tensor:
 
 def squared_norm(x: Tensor) -> Tensor:
     """||x||_F^2 as a 0-d tensor, accumulated in fp32 (fp64 for fp64) without a wide copy of x."""
-    return torch.linalg.vector_norm(x, dtype=torch.promote_types(x.dtype, torch.float32)).square()
+    return row_energies(x.reshape(-1, x.shape[-1])).sum() if x.dim() else promote(x).square()
 
 
-def row_norms(x: Tensor) -> Tensor:
-    """Euclidean norm of each row of x (N, n): (N, 1), in fp32 or wider without a wide copy of x."""
+def row_energies(x: Tensor) -> Tensor:
+    """Squared norm of each row of x (N, n): (N,), in fp32 or wider without a wide copy of x."""
+    if x.is_cpu and x.dtype in (torch.float16, torch.bfloat16):
+        # The reduction with dtype= is scalar on CPU, and a whole wide copy spends its time on page faults.
+        out = torch.empty(len(x), dtype=torch.float32)
+        for part in row_chunks(x):
+            out[part] = promote(x[part]).square_().sum(-1)
+        return out
     dtype = torch.promote_types(x.dtype, torch.float32)
-    return torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype)
-
-
-def column_energies(x: Tensor) -> Tensor:
-    """Squared norm of each column of x (N, n): (n,), in fp32 or wider."""
-    return torch.linalg.vector_norm(x, dim=0, dtype=torch.promote_types(x.dtype, torch.float32)).square()
+    return torch.linalg.vector_norm(x, dim=-1, dtype=dtype).square()
 
 
 def leading_eigenvectors(symmetric: Tensor, count: int) -> Tensor:

@@ -50,8 +50,8 @@ class Rule:
             InvalidSpec: an unknown kind or something that is no codec.
         """
         if self.kind not in KINDS:
-            raise InvalidSpec(f"kind={self.kind!r}", f"one of {', '.join(KINDS)}", _nearest(self.kind, KINDS))
-        if not isinstance(self.codec, Codec):
+            raise InvalidSpec(f"kind={self.kind!r}", f"one of {', '.join(KINDS)}", _nearest(str(self.kind), KINDS))
+        if isinstance(self.codec, type) or not isinstance(self.codec, Codec):
             raise InvalidSpec(f"codec={self.codec!r}", "a Codec", "pass for example loract.LowRank(rank=0.125)")
 
     def matches(self, site: Site) -> bool:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from loract.errors import InvalidSpec
-from loract.linalg import column_energies, gram, leading_eigenvectors, orthonormalise, promote, row_norms
+from loract.linalg import gram, leading_eigenvectors, orthonormalise, promote, row_energies
 
 
 def resolve_rank(rank: int | float, features: int) -> int:
@@ -60,8 +60,9 @@ class Sampled:
     matrix, and half a power iteration for free, since Y carries squared singular values. `"tokens"`: Y = X_S^T,
     sampled rows, which costs no product at all. `weights="norm2"` draws in proportion to squared norms (Gumbel
     top-k), which outlier channels need; the a-priori bound (`bounds.sampled_bound`) is for "uniform" features.
-    `power` more iterations follow, each re-orthonormalised. Of l columns the best k are kept. `max_tokens` lets
-    the sketch read at most that many randomly drawn tokens; the coefficients always read all.
+    `oversample`: int = columns, float = share of k. `power` more iterations follow, each re-orthonormalised. Of l
+    columns the best k are kept. The sketch reads at most `max_tokens` tokens, drawn by the same weights (None: all);
+    the coefficients always read every token.
 
     Example:
         >>> g = torch.Generator().manual_seed(0)
@@ -73,9 +74,9 @@ class Sampled:
 
     sample: Literal["features", "tokens"] = "features"
     weights: Literal["uniform", "norm2"] = "norm2"
-    oversample: int = 8
+    oversample: int | float = 0.25
     power: int = 0
-    max_tokens: int | None = None
+    max_tokens: int | None = 1024
 
     def __post_init__(self) -> None:
         """Validate the configuration.
@@ -95,18 +96,18 @@ class Sampled:
         """P (n, k) for x (N, n)."""
         if (whole := _whole(x, rank)) is not None:
             return whole
-        count = min(rank + self.oversample, *x.shape)
-        if self.max_tokens is not None and len(x) > max(self.max_tokens, count):
-            x = x[_draw(None, len(x), max(self.max_tokens, count), x, generator)]
+        count = min(rank + _extra(self.oversample, rank), *x.shape)
+        if self.max_tokens is not None and len(x) > (limit := max(self.max_tokens, count)):
+            x = x[_draw(row_energies(x) if self.weights == "norm2" else None, len(x), limit, generator)]
         wide = promote(x)
         if start is not None:
             y = wide.T @ (wide @ start.to(wide.dtype))
         elif self.sample == "features":
-            energies = column_energies(x) if self.weights == "norm2" else None
-            y = wide.T @ wide[:, _draw(energies, x.shape[1], count, wide, generator)]
+            energies = wide.square().sum(0) if self.weights == "norm2" else None
+            y = wide.T @ wide[:, _draw(energies, x.shape[1], count, generator)]
         else:
-            energies = row_norms(x).flatten().square() if self.weights == "norm2" else None
-            y = wide[_draw(energies, x.shape[0], count, wide, generator)].T
+            energies = wide.square().sum(1) if self.weights == "norm2" else None
+            y = wide[_draw(energies, x.shape[0], count, generator)].T
         return _refine(wide, y, min(rank, *x.shape), self.power)
 
 
@@ -114,7 +115,7 @@ class Sampled:
 class Gaussian:
     """Randomised SVD: Y = X^T G with Gaussian G (N, k + oversample) (Halko, Martinsson & Tropp 2011, alg. 4.1)."""
 
-    oversample: int = 8
+    oversample: int | float = 8
     power: int = 0
 
     def __post_init__(self) -> None:
@@ -130,7 +131,7 @@ class Gaussian:
         if (whole := _whole(x, rank)) is not None:
             return whole
         wide = promote(x)
-        count = min(rank + self.oversample, *x.shape)
+        count = min(rank + _extra(self.oversample, rank), *x.shape)
         if start is not None:
             y = wide.T @ (wide @ start.to(wide.dtype))
         else:
@@ -148,9 +149,13 @@ class Truncated:
         return leading_eigenvectors(gram(wide, wide), min(rank, *x.shape)).to(promote(x[:0]).dtype)
 
 
-def _check_counts(oversample: int, power: int) -> None:
+def _check_counts(oversample: int | float, power: int) -> None:
     if oversample < 0 or power < 0:
-        raise InvalidSpec(f"oversample={oversample}, power={power}", "counts of at least 0", "use oversample=8, power=0")
+        raise InvalidSpec(f"oversample={oversample}, power={power}", "at least 0", "use oversample=8, power=0")
+
+
+def _extra(oversample: int | float, rank: int) -> int:
+    return round(oversample * rank) if isinstance(oversample, float) else oversample
 
 
 def _whole(x: Tensor, rank: int) -> Tensor | None:
@@ -161,13 +166,13 @@ def _whole(x: Tensor, rank: int) -> Tensor | None:
     return orthonormalise(x.T) if rank >= tokens else None
 
 
-def _draw(energies: Tensor | None, total: int, count: int, like: Tensor, generator: torch.Generator) -> Tensor:
+def _draw(energies: Tensor | None, total: int, count: int, generator: torch.Generator) -> Tensor:
     """`count` distinct indices below `total`, uniform or in proportion to `energies`, without waiting for them."""
-    uniform = torch.rand(total, device=like.device, generator=generator).clamp_min_(1e-20)
-    keys = -(-uniform.log()).log()
+    keys = torch.rand(total, device=generator.device, generator=generator).clamp_min_(1e-20)
+    keys = keys.log_().neg_().log_().neg_()
     if energies is not None:  # Gumbel top-k; zero energies sort last
-        keys = keys + energies.to(keys.dtype).clamp_min(1e-30).log()
-    return keys.nan_to_num(0.0).topk(count).indices
+        keys += energies.to(keys.dtype).clamp_min(1e-30).log()
+    return keys.nan_to_num_(0.0).topk(count).indices
 
 
 def _refine(x: Tensor, y: Tensor, rank: int, power: int) -> Tensor:

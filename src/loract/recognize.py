@@ -99,9 +99,7 @@ def find_adapter(module: nn.Module) -> AdapterRole | str | None:
         return None
     variants = getattr(module, "lora_variant", {})
     plain = tuple(
-        name
-        for name, a in adapters.items()
-        if type(a) is nn.Linear and a.bias is None and name not in variants
+        name for name, a in adapters.items() if type(a) is nn.Linear and a.bias is None and name not in variants
     )
     return AdapterRole(adapters=plain) if plain else "adapter variant or not a plain linear A"
 
@@ -241,9 +239,7 @@ def features_of(module: nn.Module) -> tuple[int, int] | None:
     return None
 
 
-def same_forward(
-    module: nn.Module, ours: Callable[..., Tensor], theirs: Callable[..., Tensor], features: int
-) -> bool:
+def same_forward(module: nn.Module, ours: Callable[..., Tensor], theirs: Callable[..., Tensor], features: int) -> bool:
     """Bit-equal values in training and evaluation, with gradients on and off, from the same random state."""
     for training in (True, False):
         for grad in (True, False):
@@ -281,8 +277,10 @@ def preserved(module: nn.Module, training: bool | None = None) -> Iterator[None]
 
 
 def _parameterless(module: nn.Module) -> bool:
-    return not any(True for _ in module.parameters()) and not any(True for _ in module.buffers()) and not any(
-        True for _ in module.children()
+    return (
+        not any(True for _ in module.parameters())
+        and not any(True for _ in module.buffers())
+        and not any(True for _ in module.children())
     )
 
 

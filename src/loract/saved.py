@@ -208,7 +208,7 @@ def attention_hooks(site: RunningSite, key: Tensor, value: Tensor, mask: Tensor 
 
 
 def _repeated(source: Tensor, saved: Tensor) -> Tensor | None:
-    """source (B, heads, S, D) repeated head by head to the shape of `saved`; None where it cannot be."""
+    """Source (B, heads, S, D) repeated head by head to the shape of `saved`; None where it cannot be."""
     batch, heads, length, width = source.shape
     if heads == saved.shape[1] or saved.shape[1] % heads or saved.shape != (batch, saved.shape[1], length, width):
         return None

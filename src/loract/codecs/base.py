@@ -13,10 +13,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from loract.linalg import promote
-
-CONTRACT_ROWS = 1024
-"""Rows promoted at a time in a dense contraction: a whole fp32 copy would undo the saving it serves."""
+from loract.linalg import promote, row_chunks
 
 
 def tokens_features(x: Tensor) -> tuple[int, int]:
@@ -288,12 +285,11 @@ def unbound(packed: Packed) -> Packed:
 
 
 def contract_dense(g: Tensor, x: Tensor) -> Tensor:
-    """g^T x accumulated in fp32, promoting at most `CONTRACT_ROWS` rows of x at a time on CPU."""
+    """g^T x accumulated in fp32; on CPU never with a whole wide copy of x, which would undo the saving it serves."""
     g = promote(g)
     if x.dtype == g.dtype:
         return g.T @ x
-    rows = CONTRACT_ROWS if x.device.type == "cpu" else max(1, len(x))
     out = g.new_zeros(g.shape[1], x.shape[1])
-    for start in range(0, len(x), rows):
-        out.addmm_(g[start : start + rows].T, x[start : start + rows].to(g.dtype))
+    for part in row_chunks(x):
+        out.addmm_(g[part].T, x[part].to(g.dtype))
     return out

@@ -33,5 +33,5 @@ class ExactPacked(Stored):
     """x itself. It keeps its own shape: flattening a permuted tensor here would copy it."""
 
     def decode(self) -> Tensor:
-        """x as (N, n)."""
+        """X as (N, n)."""
         return self.kept[0].reshape(self.shape)

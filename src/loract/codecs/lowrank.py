@@ -64,8 +64,10 @@ class LowRank:
     def encode(self, x: Tensor, generator: torch.Generator | None = None, state: State | None = None) -> Packed:
         """Pack x (..., n); draws from `generator` (on x's device; seed 0 if None)."""
         tokens, features = tokens_features(x)
+        if not self.codes(tokens, features, x.dtype):
+            return Exact().encode(x)
         rank = self._rank(tokens, features, state)
-        if not self.codes(tokens, features, x.dtype) or (self.guard and rank * (tokens + features) >= x.numel()):
+        if self.guard and rank * (tokens + features) >= x.numel():
             return Exact().encode(x)
         x = x.detach().reshape(tokens, features)
         generator = generator or torch.Generator(x.device).manual_seed(0)
@@ -85,9 +87,17 @@ class LowRank:
             missing = 1 - seen[:-1].cumsum(0) / seen[-1].clamp_min(torch.finfo(seen.dtype).tiny)
             enough = (missing > self.tolerance**2).sum().item() + 1
             count = len(seen) - 1
-            state.rank = min(features, int(enough) if enough <= count else int(count * GROWTH) + 1)
+            state.rank = min(
+                features, int(enough) if enough <= count else self._grown(count, len(coefficients), features)
+            )
         energies = promote(coefficients).square().sum(0).sort(descending=True).values
         state.spectrum.write(torch.cat([energies, total.reshape(1).to(energies.dtype)]))
+
+    def _grown(self, rank: int, tokens: int, features: int) -> int:
+        """The next rank after one that missed its tolerance, without jumping over the last that shrinks the tensor."""
+        grown = int(rank * GROWTH) + 1
+        largest = (tokens * features - 1) // (tokens + features)
+        return min(grown, largest) if self.guard and rank < largest else grown
 
 
 class LowRankPacked(Stored):

@@ -67,7 +67,8 @@ class Quantized:
         values = promote(x).reshape(tokens, -1, group)
         low, high = values.amin(-1, keepdim=True), values.amax(-1, keepdim=True)
         # Quantise against low and step as they are stored, so that their rounding is not a second error.
-        low, step = low.to(x.dtype), ((high - low) / (2**self.bits - 1)).to(x.dtype)
+        scale = torch.bfloat16 if x.dtype == torch.float16 else x.dtype  # fp16 steps go subnormal and ranges overflow
+        low, step = low.to(scale), ((high - low) / (2**self.bits - 1)).to(scale)
         safe = torch.where(step == 0, torch.ones_like(step), step)
         levels = (values - low.to(values.dtype)) / safe.to(values.dtype)
         if self.stochastic:
@@ -80,9 +81,7 @@ class Quantized:
         codes = levels.nan_to_num_(0.0).clamp_(0, 2**self.bits - 1).to(torch.uint8).reshape(tokens, -1)
         step = torch.where(torch.isfinite(step) & torch.isfinite(low), step, torch.full_like(step, torch.nan))
         kept = (pack(codes, self.bits), low.squeeze(-1), step.squeeze(-1))
-        return QuantizedPacked(
-            kept=kept, shape=(tokens, features), dtype=x.dtype, bits=self.bits, group=group
-        )
+        return QuantizedPacked(kept=kept, shape=(tokens, features), dtype=x.dtype, bits=self.bits, group=group)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -93,7 +92,7 @@ class QuantizedPacked(Stored):
     group: int
 
     def decode(self) -> Tensor:
-        """low + step * code (N, n)."""
+        """Low + step * code (N, n)."""
         codes, low, step = self.kept
         tokens, features = self.shape
         groups = low.shape[1]

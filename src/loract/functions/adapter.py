@@ -17,7 +17,7 @@ from loract.linalg import promote
 
 
 def adapter_product(x: Tensor, weight: Tensor, packed: Packed, forward: Forward) -> Tensor:
-    """z = forward(x) = x A^T, keeping `packed` instead of x.
+    """Z = forward(x) = x A^T, keeping `packed` instead of x.
 
     x (..., n) is what A multiplies; A = weight (r, n); `packed` represents x, or what x was cast from.
     """

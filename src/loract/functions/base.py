@@ -40,9 +40,7 @@ class Autocast:
     def of(cls, x: Tensor) -> Autocast:
         """The state now, for x's device."""
         kind = x.device.type
-        return cls(
-            device_type=kind, enabled=torch.is_autocast_enabled(kind), dtype=torch.get_autocast_dtype(kind)
-        )
+        return cls(device_type=kind, enabled=torch.is_autocast_enabled(kind), dtype=torch.get_autocast_dtype(kind))
 
     def wrap(self, function: Forward) -> Forward:
         """`function`, run in this state."""

@@ -17,10 +17,10 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from loract.codecs.base import CONTRACT_ROWS, Packed, Recomputed, tokens_features
+from loract.codecs.base import Packed, Recomputed, tokens_features
 from loract.codecs.exact import Exact
 from loract.functions.base import Autocast, Forward, load, no_autocast, save
-from loract.linalg import promote, row_norms
+from loract.linalg import promote, row_chunks, row_energies
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,14 +38,14 @@ class NormRole:
         return None if weight is None else promote(weight) + self.offset
 
     def statistics(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """rstd (N, 1) and, where the norm centres, mean (N, 1) of x (N, n), accumulated in fp32 or wider."""
+        """Rstd (N, 1) and, where the norm centres, mean (N, 1) of x (N, n), accumulated in fp32 or wider."""
         if self.centred:
             variance, mean = torch.var_mean(promote(x), dim=-1, keepdim=True, correction=0)
             return (variance + self.eps).rsqrt_(), mean
-        return (row_norms(x).square_().div_(x.shape[-1]) + self.eps).rsqrt_(), None
+        return row_energies(x).div_(x.shape[-1]).add_(self.eps).rsqrt_()[:, None], None
 
     def normalise(self, x: Tensor, rstd: Tensor, mean: Tensor | None) -> Tensor:
-        """xhat (N, n) in fp32 or wider."""
+        """Xhat (N, n) in fp32 or wider."""
         return (promote(x) if mean is None else x - mean) * rstd
 
 
@@ -70,7 +70,7 @@ class NormCall:
 
 
 def norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, call: NormCall) -> Tensor:
-    """y = call.forward(x) for x (..., n); `call.output` then represents y for the products that read it."""
+    """Y = call.forward(x) for x (..., n); `call.output` then represents y for the products that read it."""
     return _Norm.apply(x, weight, bias, call)  # type: ignore[no-any-return]
 
 
@@ -79,6 +79,7 @@ class _Norm(Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, call: NormCall) -> Tensor:
         y = call.forward(x)
         ctx.role, ctx.lossy, ctx.like = call.role, call.lossy, (x.shape, x.dtype)
+        ctx.dtypes = [None if t is None else t.dtype for t in (weight, bias)]
         rstd = None
         if call.lossy:
             with no_autocast(x):
@@ -86,8 +87,11 @@ class _Norm(Function):
                 rstd, mean = call.role.statistics(flat)
                 scale = call.role.scale(weight)
                 s = metric(scale)
-                value = call.role.normalise(flat, rstd, mean)
-                packed = call.encode((value if s is None else value.mul_(s)).to(x.dtype))
+                value = torch.empty_like(flat)
+                for part in row_chunks(flat):
+                    xhat = call.role.normalise(flat[part], rstd[part], None if mean is None else mean[part])
+                    value[part] = xhat if s is None else xhat.mul_(s)
+                packed = call.encode(value)
                 inverse = None if s is None else s.reciprocal()
                 cols = None if s is None or scale is None else scale / s
                 shift = None if bias is None else promote(bias)
@@ -111,10 +115,7 @@ class _Norm(Function):
             kept, scale = packed.decode(), role.scale(weight)
             out = torch.empty(kept.shape, dtype=dtype, device=kept.device)
             grad_weight = torch.zeros_like(scale) if scale is not None and ctx.needs_input_grad[1] else None
-            # Chunks keep the fp32 temporaries of some ten elementwise passes in cache.
-            rows = CONTRACT_ROWS if kept.device.type == "cpu" else max(1, len(kept))
-            for start in range(0, len(kept), rows):
-                part = slice(start, start + rows)
+            for part in row_chunks(kept):  # the fp32 temporaries of some ten elementwise passes stay in cache
                 g, x = grad[part], kept[part]
                 if ctx.lossy:
                     xhat, r = x, rstd[part]
@@ -129,7 +130,7 @@ class _Norm(Function):
                     gw = gw - gw.mean(-1, keepdim=True)
                 out[part] = torch.addcmul(gw, xhat, dot, value=-1).mul_(r)
             grad_bias = promote(grad).sum(0) if ctx.needs_input_grad[2] else None
-        cast = [None if g is None or weight is None else g.to(weight.dtype) for g in (grad_weight, grad_bias)]
+        cast = [None if g is None else g.to(d) for g, d in zip((grad_weight, grad_bias), ctx.dtypes, strict=True)]
         return out.reshape(shape), *cast, None
 
 
