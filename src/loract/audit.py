@@ -39,41 +39,52 @@ def audit(model: nn.Module, batch: Any, policy: str | Policy, loss: Loss | None 
         UnsupportedModule: no parameter receives a gradient, or the model has no recognisable site.
     """
     evaluate = loss or _default_loss
-    gradients = {n: p.grad for n, p in model.named_parameters()}
+    kept = {n: p.grad for n, p in model.named_parameters()}
     buffers = {n: b.detach().clone() for n, b in model.named_buffers()}
-    devices = sorted({p.device.index for p in model.parameters() if p.is_cuda})
-
-    def run() -> tuple[float, dict[str, Tensor]]:
-        model.zero_grad(set_to_none=True)
-        with torch.random.fork_rng(devices=devices), torch.enable_grad():
-            value = evaluate(model, batch)
-            value.backward()
-        found = {n: p.grad.detach() for n, p in model.named_parameters() if p.grad is not None}
-        return float(value.detach()), found
-
     try:
-        value, exact = run()
-        if not exact:
-            raise UnsupportedModule(
-                "a loss that reaches no parameter", "trainable parameters", "unfreeze some, or add adapters"
-            )
+        value, exact = gradients(model, batch, evaluate)
         with attach(model, policy, seed=seed) as handle:
-            _, ours = run()
+            _, ours = gradients(model, batch, evaluate)
             sites = handle.stats()
     finally:
         for name, parameter in model.named_parameters():
-            parameter.grad = gradients[name]
+            parameter.grad = kept[name]
         for name, buffer in model.named_buffers():
             if name in buffers:
                 buffer.data.copy_(buffers[name])
-    return _compare(value, exact, ours, sites)
+    return compare_gradients(value, exact, ours, sites)
+
+
+def gradients(model: nn.Module, batch: Any, loss: Loss) -> tuple[float, dict[str, Tensor]]:
+    """Value and parameter gradients of `loss(model, batch)` under the present random state, which is put back.
+
+    Leaves the gradients in `.grad`.
+
+    Raises:
+        UnsupportedModule: no parameter receives a gradient.
+    """
+    devices = sorted({p.device.index for p in model.parameters() if p.is_cuda})
+    model.zero_grad(set_to_none=True)
+    with torch.random.fork_rng(devices=devices), torch.enable_grad():
+        value = loss(model, batch)
+        if value.requires_grad:
+            value.backward()
+    found = {n: p.grad.detach() for n, p in model.named_parameters() if p.grad is not None}
+    if not found:
+        raise UnsupportedModule(
+            "a loss that reaches no parameter", "trainable parameters", "unfreeze some, or add adapters"
+        )
+    return float(value.detach()), found
 
 
 def _default_loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
     return model(**batch).loss
 
 
-def _compare(value: float, exact: dict[str, Tensor], ours: dict[str, Tensor], sites: list[SiteStats]) -> Fidelity:
+def compare_gradients(
+    value: float, exact: dict[str, Tensor], ours: dict[str, Tensor], sites: list[SiteStats]
+) -> Fidelity:
+    """Scores of the gradients `ours` against `exact`, by parameter name; a missing one counts as zero."""
     sums: dict[int | None, Tensor] = defaultdict(lambda: torch.zeros(4, dtype=torch.float64))
     for name, reference in exact.items():
         a = reference.double().flatten()
