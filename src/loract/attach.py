@@ -120,7 +120,8 @@ class Handle:
         self._undo.append(undo)
 
     def _patch_adapter(self, item: Found, site: RunningSite) -> None:
-        layer, role = item.module, item.role
+        layer: Any = item.module
+        role = item.role
         original = layer.forward
 
         def forward(x: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -133,9 +134,8 @@ class Handle:
 
         self._set(layer, "forward", forward)
         for name in role.adapters:
-            dropout = layer.lora_dropout[name]  # type: ignore[index,union-attr]
-            a = layer.lora_A[name]  # type: ignore[index,union-attr]
-            self._set(a, "forward", self._adapter_forward(a, a.forward, dropout, site))
+            a = layer.lora_A[name]
+            self._set(a, "forward", self._adapter_forward(a, a.forward, layer.lora_dropout[name], site))
 
     def _stack(self) -> list[Tensor]:
         """Inputs of the adapter layers being run by this thread."""

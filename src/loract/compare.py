@@ -20,6 +20,7 @@ from loract.audit import Fidelity, Loss, compare_gradients, gradients
 from loract.memory import peak_bytes, saved_bytes
 from loract.policy import Policy, preset
 
+
 @dataclass(frozen=True, kw_only=True)
 class Variant:
     """One way to run the step: plain, with torch's checkpointing of every layer, or with a policy attached."""

@@ -47,8 +47,19 @@ def resolve_rank(rank: int | float, features: int) -> int:
 class RangeFinder(Protocol):
     """Finds the basis. Implementations are frozen dataclasses; randomness is an argument."""
 
-    def basis(self, x: Tensor, rank: int, generator: torch.Generator, start: Tensor | None = None) -> Tensor:
-        """P (n, k), k = min(rank, N, n), in fp32 or wider, for x (N, n); `start` (n, l) is a warm start."""
+    def basis(
+        self,
+        x: Tensor,
+        rank: int,
+        generator: torch.Generator,
+        *,
+        start: Tensor | None = None,
+        energies: Tensor | None = None,
+    ) -> Tensor:
+        """P (n, k), k = min(rank, N, n), in fp32 or wider, for x (N, n).
+
+        `start` (n, l) is a warm start; `energies` (N,) are the tokens' squared norms, where they are known.
+        """
         ...
 
 
@@ -92,22 +103,34 @@ class Sampled:
         if self.max_tokens is not None and self.max_tokens < 1:
             raise InvalidSpec(f"max_tokens={self.max_tokens!r}", "at least 1, or None", "use max_tokens=None")
 
-    def basis(self, x: Tensor, rank: int, generator: torch.Generator, start: Tensor | None = None) -> Tensor:
+    def basis(
+        self,
+        x: Tensor,
+        rank: int,
+        generator: torch.Generator,
+        *,
+        start: Tensor | None = None,
+        energies: Tensor | None = None,
+    ) -> Tensor:
         """P (n, k) for x (N, n)."""
         if (whole := _whole(x, rank)) is not None:
             return whole
         count = min(rank + _extra(self.oversample, rank), *x.shape)
         if self.max_tokens is not None and len(x) > (limit := max(self.max_tokens, count)):
-            x = x[_draw(row_energies(x) if self.weights == "norm2" else None, len(x), limit, generator)]
+            if self.weights == "uniform":
+                energies = None
+            elif energies is None:
+                energies = row_energies(x)
+            x = x[_draw(energies, len(x), limit, generator)]
         wide = promote(x)
         if start is not None:
             y = wide.T @ (wide @ start.to(wide.dtype))
         elif self.sample == "features":
-            energies = wide.square().sum(0) if self.weights == "norm2" else None
-            y = wide.T @ wide[:, _draw(energies, x.shape[1], count, generator)]
+            columns = wide.square().sum(0) if self.weights == "norm2" else None
+            y = wide.T @ wide[:, _draw(columns, x.shape[1], count, generator)]
         else:
-            energies = wide.square().sum(1) if self.weights == "norm2" else None
-            y = wide[_draw(energies, x.shape[0], count, generator)].T
+            rows = wide.square().sum(1) if self.weights == "norm2" else None
+            y = wide[_draw(rows, x.shape[0], count, generator)].T
         return _refine(wide, y, min(rank, *x.shape), self.power)
 
 
@@ -126,7 +149,15 @@ class Gaussian:
         """
         _check_counts(self.oversample, self.power)
 
-    def basis(self, x: Tensor, rank: int, generator: torch.Generator, start: Tensor | None = None) -> Tensor:
+    def basis(
+        self,
+        x: Tensor,
+        rank: int,
+        generator: torch.Generator,
+        *,
+        start: Tensor | None = None,
+        energies: Tensor | None = None,
+    ) -> Tensor:
         """P (n, k) for x (N, n)."""
         if (whole := _whole(x, rank)) is not None:
             return whole
@@ -143,7 +174,15 @@ class Gaussian:
 class Truncated:
     """The optimum: leading right singular vectors, through the n x n Gram matrix in fp64. An oracle, not a method."""
 
-    def basis(self, x: Tensor, rank: int, generator: torch.Generator, start: Tensor | None = None) -> Tensor:
+    def basis(
+        self,
+        x: Tensor,
+        rank: int,
+        generator: torch.Generator,
+        *,
+        start: Tensor | None = None,
+        energies: Tensor | None = None,
+    ) -> Tensor:
         """P (n, k) for x (N, n)."""
         wide = x.double()
         return leading_eigenvectors(gram(wide, wide), min(rank, *x.shape)).to(promote(x[:0]).dtype)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -133,7 +133,7 @@ def find_norm(module: nn.Module) -> NormRole | str | None:
 
 
 def _norm_candidates(module: nn.Module, names: list[str]) -> Iterator[NormRole]:
-    numbers = {v for k, v in vars(module).items() if isinstance(v, float) and 0 <= v < 0.1}
+    numbers = {v for v in vars(module).values() if isinstance(v, float) and 0 <= v < 0.1}
     for eps in sorted(numbers | {torch.finfo(torch.float32).eps, 1e-5, 1e-6}):
         for centred in (False, True):
             for offset in (0.0, 1.0):
@@ -230,7 +230,7 @@ _FINDERS: tuple[tuple[Kind, Callable[[nn.Module], Any]], ...] = (
 
 def features_of(module: nn.Module) -> tuple[int, int] | None:
     """(in, out) features of a linear map: nn.Linear and its kin, Conv1D's transposed layout, or a LoRA layer."""
-    base = getattr(module, "base_layer", module)
+    base: Any = getattr(module, "base_layer", module)
     if hasattr(base, "in_features") and hasattr(base, "out_features"):
         return int(base.in_features), int(base.out_features)
     weight = getattr(base, "weight", None)
@@ -262,7 +262,7 @@ def probe(module: nn.Module, features: int) -> Tensor:
 
 
 @contextmanager
-def preserved(module: nn.Module, training: bool | None = None) -> Iterator[None]:
+def preserved(module: nn.Module, training: bool | None = None) -> Generator[None]:
     """Run probes without a trace: training flags and the random state are put back."""
     flags = [(m, m.training) for m in module.modules()]
     devices = sorted({p.device.index for p in module.parameters() if p.is_cuda})

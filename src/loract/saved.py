@@ -6,7 +6,7 @@ And the saved-tensor-hook tier, for what attention saves twice: masks converted 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -155,7 +155,7 @@ class RunningSite:
 
 
 @contextmanager
-def attention_hooks(site: RunningSite, key: Tensor, value: Tensor, mask: Tensor | None) -> Iterator[None]:
+def attention_hooks(site: RunningSite, key: Tensor, value: Tensor, mask: Tensor | None) -> Generator[None]:
     """Keep what scaled dot product attention saves without duplicates.
 
     A key or value repeated over the query heads is kept once per key head; a float mask that the kernel made from

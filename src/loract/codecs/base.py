@@ -72,7 +72,7 @@ class Packed(ABC):
         """View diag(rows) X diag(cols) + 1 bias^T + row_bias 1^T; rows, row_bias (N,), cols, bias (n,)."""
         return Affine(inner=self, vectors=(rows, cols, bias, row_bias), dtype=dtype or self.dtype)
 
-    def reserve(self) -> None:
+    def reserve(self) -> None:  # noqa: B027 (most representations have nothing to do)
         """Announce one more reader in backward (see `Recomputed`)."""
 
 
@@ -217,20 +217,26 @@ _UNBOUND = torch.empty(0)
 
 
 class Memo:
-    """A tensor rebuilt once for several readers of one backward pass, dropped after the last of them."""
+    """A value rebuilt once for several readers of one backward pass, dropped after the last of them.
 
-    def __init__(self) -> None:
+    `source` is a memo that the rebuilding reads: all readers of this one count there as one.
+    """
+
+    def __init__(self, source: Memo | None = None) -> None:
         self._left = 0
         self._value: object | None = None
+        self._source = source
 
     def reserve(self) -> None:
         """Announce a reader, during forward."""
+        if self._left == 0 and self._source is not None:
+            self._source.reserve()
         self._left += 1
 
     def get(self, rebuild: Callable[[], object]) -> object:
         """The value, rebuilt if need be. In a second backward over a retained graph every reader rebuilds."""
         value = rebuild() if self._value is None else self._value
-        self._left -= 1
+        self._left = max(0, self._left - 1)
         self._value = value if self._left > 0 else None
         return value
 
@@ -239,8 +245,7 @@ class Memo:
 class Recomputed(Packed):
     """f(X_1, ..., X_m) of other representations, rebuilt when read and never stored.
 
-    `function` maps the decoded inputs to the tensor, elementwise or row by row; `memo` lets the readers of one
-    backward pass share the result.
+    `function` maps the inputs to the tensor; `memo` lets the readers of one backward pass share the result.
     """
 
     inputs: tuple[Packed, ...]
@@ -258,7 +263,7 @@ class Recomputed(Packed):
 
     def decode(self) -> Tensor:  # noqa: D102
         with torch.no_grad():
-            return self.function(*(packed.decode() for packed in self.inputs)).reshape(self.shape)
+            return self.function(*self.inputs).reshape(self.shape)
 
     def contract(self, g: Tensor) -> Tensor:  # noqa: D102
         x = self.memo.get(self.decode)

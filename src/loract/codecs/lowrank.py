@@ -14,7 +14,7 @@ from loract.bounds import posterior_error, posterior_floor
 from loract.codecs.base import Packed, State, Stored, tokens_features
 from loract.codecs.exact import Exact
 from loract.errors import InvalidSpec
-from loract.linalg import promote, squared_norm
+from loract.linalg import promote, row_energies, squared_norm
 from loract.rangefinder import RangeFinder, Sampled, resolve_rank
 
 GROWTH = 1.5
@@ -71,10 +71,11 @@ class LowRank:
             return Exact().encode(x)
         x = x.detach().reshape(tokens, features)
         generator = generator or torch.Generator(x.device).manual_seed(0)
-        basis = self.sampler.basis(x, rank, generator)
+        energies = row_energies(x)
+        basis = self.sampler.basis(x, rank, generator, energies=energies)
         kept = basis.to(x.dtype)
         coefficients = x @ kept
-        total = squared_norm(x)
+        total = energies.sum()
         error = posterior_error(total, squared_norm(coefficients)).clamp_min(posterior_floor(x.dtype))
         if self.tolerance is not None and state is not None:
             self._follow(coefficients, total, features, state)

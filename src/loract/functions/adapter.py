@@ -34,7 +34,9 @@ class _Product(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride] (the decorator hides the names)
+        ctx: Any, grad: Tensor
+    ) -> tuple[Tensor | None, ...]:
         (packed,), (weight,) = load(ctx)
         assert weight is not None
         with no_autocast(grad):

@@ -107,7 +107,9 @@ class _Norm(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride] (the decorator hides the names)
+        ctx: Any, grad: Tensor
+    ) -> tuple[Tensor | None, ...]:
         (packed,), (weight, rstd) = load(ctx)
         role, (shape, dtype) = ctx.role, ctx.like
         with no_autocast(grad):
@@ -118,6 +120,7 @@ class _Norm(Function):
             for part in row_chunks(kept):  # the fp32 temporaries of some ten elementwise passes stay in cache
                 g, x = grad[part], kept[part]
                 if ctx.lossy:
+                    assert rstd is not None
                     xhat, r = x, rstd[part]
                 else:
                     r, mean = role.statistics(x)
@@ -134,5 +137,5 @@ class _Norm(Function):
         return out.reshape(shape), *cast, None
 
 
-def _reshaped(forward: Forward, shape: torch.Size) -> Forward:
-    return lambda x: forward(x.reshape(shape))
+def _reshaped(forward: Forward, shape: torch.Size) -> Callable[[Packed], Tensor]:
+    return lambda packed: forward(packed.decode().reshape(shape))
