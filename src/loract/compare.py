@@ -1,4 +1,4 @@
-"""Measure ways of running the same training step side by side: bytes, time ratios, gradient fidelity.
+"""Measure ways of running the same training step side by side: bytes, time ratios, gradient fidelity, losses.
 
 Times are taken in alternating order in one run and reported as ratios: absolute times of a shared machine say little.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,9 +16,26 @@ import torch
 from torch import Tensor, nn
 
 from loract.attach import Handle, attach
-from loract.audit import Fidelity, Loss, compare_gradients, gradients
-from loract.memory import peak_bytes, saved_bytes
+from loract.audit import Fidelity, compare_gradients, gradients
+from loract.memory import step_bytes
 from loract.policy import Policy, preset
+from loract.workload import Workload
+
+Progress = Callable[[str, int, int], None]
+"""Called when a piece of work starts: what it is, how many are done, how many there are."""
+
+
+class Ticker:
+    """Counts pieces of work for a `Progress`."""
+
+    def __init__(self, progress: Progress | None, total: int) -> None:
+        self.progress, self.total, self.done = progress, total, 0
+
+    def __call__(self, text: str) -> None:
+        """One more piece starts."""
+        if self.progress is not None:
+            self.progress(text, self.done, self.total)
+        self.done += 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,11 +65,6 @@ class Contender:
     handle: Handle | None
     seconds: list[float] = field(default_factory=lambda: list[float]())
 
-    @property
-    def trainable(self) -> list[nn.Parameter]:
-        """Parameters that receive gradients."""
-        return [p for p in self.model.parameters() if p.requires_grad]
-
     def close(self) -> None:
         """Detach."""
         if self.handle is not None:
@@ -64,57 +76,65 @@ def contend(model: nn.Module, variant: Variant) -> Contender:
     frozen: dict[int, Any] = {id(p): p for p in model.parameters() if not p.requires_grad}
     twin: Any = copy.deepcopy(model, frozen)
     if variant.checkpointing:
-        twin.get_base_model().activation_checkpointing_enable({"use_reentrant": False})
+        base = twin.get_base_model()  # transformers 5.23 renamed it
+        enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
     handle = None if variant.policy is None else attach(twin, variant.policy)
     return Contender(variant=variant, model=twin, handle=handle)
 
 
-def measure_bytes(
-    contender: Contender, forward: Callable[[Any], Tensor], backward: Callable[[Tensor], None]
-) -> tuple[int, int]:
-    """(saved bytes after forward, peak bytes of a step) of `forward(model)` and `backward(output)`.
+def body_bytes(contender: Contender, work: Workload, ids: Tensor, upstream: Tensor) -> tuple[int, int]:
+    """(saved, peak) bytes of one forward and backward of the decoder body.
 
     Parameters and their gradients are excluded: every variant has the same.
     """
     parameters = list(contender.model.parameters())
-    for parameter in contender.trainable:
-        parameter.grad = torch.zeros_like(parameter)
-    saved, output = saved_bytes(lambda: forward(contender.model), parameters)
-    backward(output)
-    del output
-    peak = peak_bytes(lambda: backward(forward(contender.model)), parameters)
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+    held = [*parameters, *(p.grad for p in parameters if p.grad is not None), ids, upstream]
+    found = step_bytes(lambda: work.hidden(contender.model, ids), lambda hidden: hidden.backward(upstream), held)
     contender.model.zero_grad(set_to_none=True)
-    return saved, peak
+    return found
 
 
-def alternate(
-    contenders: Sequence[Contender], step: Callable[[Contender], None], rounds: int, advance: Callable[[], None]
-) -> None:
-    """Run `rounds` timed steps of each contender in turn, after one untimed; `advance` is called after each."""
-    for turn in range(rounds + 1):
-        for contender in contenders:
-            start = time.perf_counter()
-            step(contender)
-            if turn:
-                contender.seconds.append(time.perf_counter() - start)
-            advance()
-
-
-def time_ratios(contenders: Sequence[Contender]) -> dict[str, float]:
-    """Median over the rounds of each contender's time divided by the first one's in the same round."""
-    first = contenders[0].seconds
-    return {
-        c.variant.name: statistics.median(ours / plain for ours, plain in zip(c.seconds, first, strict=True))
-        for c in contenders
-    }
-
-
-def fidelities(contenders: Sequence[Contender], batch: Any, loss: Loss) -> Mapping[str, Fidelity]:
-    """Each contender's gradient on `batch` against the first one's."""
-    _, exact = gradients(contenders[0].model, batch, loss)
-    found: dict[str, Fidelity] = {}
+def alternate(contenders: Sequence[Contender], step: Callable[[Contender], None]) -> None:
+    """One timed step of each contender in turn."""
     for contender in contenders:
-        ours_value, ours = gradients(contender.model, batch, loss)
-        sites = [] if contender.handle is None else contender.handle.stats()
-        found[contender.variant.name] = compare_gradients(ours_value, exact, ours, sites)
+        start = time.perf_counter()
+        step(contender)
+        contender.seconds.append(time.perf_counter() - start)
+
+
+def time_ratio(contender: Contender, reference: Contender) -> float:
+    """Median over the rounds of the contender's time divided by the reference's in the same round."""
+    return statistics.median(a / b for a, b in zip(contender.seconds, reference.seconds, strict=True))
+
+
+def fidelities(
+    work: Workload, model: Any, variants: Sequence[Variant], ids: Tensor, tick: Ticker
+) -> dict[str, Fidelity]:
+    """Each variant's gradient of `model` in fp32 against plain autograd's, for one upstream gradient.
+
+    The name "bf16" holds what the model's own dtype does to the plain gradient: the floor for any method.
+    """
+    wide = copy.deepcopy(model).float()
+    upstream = work.upstream(wide, ids)
+
+    def loss(twin: Any, ids: Tensor) -> Tensor:
+        hidden = work.hidden(twin, ids)
+        return (hidden * upstream.to(hidden.dtype)).sum()
+
+    tick("gradient in fp32, plain")
+    _, exact = gradients(wide, ids, loss)
+    found: dict[str, Fidelity] = {}
+    for variant in variants:
+        tick(f"gradient in fp32, {variant.name}")
+        twin = contend(wide, variant)
+        value, ours = gradients(twin.model, ids, loss)
+        found[variant.name] = compare_gradients(value, exact, ours, [] if twin.handle is None else twin.handle.stats())
+        twin.close()
+    tick("gradient in the model's own dtype")
+    value, ours = gradients(model, ids, loss)
+    model.zero_grad(set_to_none=True)
+    found["bf16"] = compare_gradients(value, exact, ours, [])
     return found

@@ -82,18 +82,29 @@ def saved_bytes(forward: Callable[[], T], parameters: Iterable[Tensor] = ()) -> 
 
 def peak_bytes(step: Callable[[], object], parameters: Iterable[Tensor] = ()) -> int:
     """Peak bytes that `step()` adds: the allocator's on CUDA, the tracker's elsewhere."""
+    return step_bytes(step, lambda _: None, parameters)[1]
+
+
+def step_bytes(
+    forward: Callable[[], T], backward: Callable[[T], object], parameters: Iterable[Tensor] = ()
+) -> tuple[int, int]:
+    """(saved bytes after `forward()`, peak bytes of the whole step) of one step `backward(forward())`."""
     held = list(parameters)
-    if any(p.is_cuda for p in held):
+    cuda = any(p.is_cuda for p in held)
+    start = 0
+    if cuda:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         start = torch.cuda.memory_allocated()
-        step()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - start
     with StorageTracker() as tracker:
         tracker.exclude(held)
-        step()
-    return tracker.peak_bytes
+        output = forward()
+        saved = tracker.current_bytes - tracker.bytes_of(t for t in tree_leaves(output) if isinstance(t, Tensor))
+        backward(output)
+    if cuda:
+        torch.cuda.synchronize()
+        return saved, torch.cuda.max_memory_allocated() - start
+    return saved, tracker.peak_bytes
 
 
 def peak_rss_bytes() -> int:

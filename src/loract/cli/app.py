@@ -1,0 +1,31 @@
+"""The application that every verb registers with."""
+
+from __future__ import annotations
+
+import typer
+
+from loract import __version__
+from loract.cli import audit, bench, demo, env, profile
+
+app = typer.Typer(
+    name="loract",
+    help="Fine-tune large models in a fraction of the activation memory.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+for verb in (demo.demo, bench.bench, audit.audit, profile.profile, env.env):
+    app.command()(verb)
+
+
+def _version(show: bool) -> None:
+    if show:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version."),
+) -> None:
+    """Fine-tune large models in a fraction of the activation memory."""

@@ -1,0 +1,209 @@
+"""The two measured studies: `benchmark` (bytes and time of one step) and `fine_tune` (training side by side)."""
+
+from __future__ import annotations
+
+import platform
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loract.audit import Fidelity
+from loract.compare import Contender, Progress, Ticker, Variant, alternate, body_bytes, contend, fidelities, time_ratio
+from loract.cpu import fast_bf16, native_bf16
+from loract.memory import Record
+from loract.workload import Workload
+
+LEARNING_RATE = 5e-4
+WARM_STEPS, WARM_TOKENS = 8, 256
+"""A fresh adapter has B = 0 and no gradient in A, so fidelity is measured after a few short steps of training."""
+
+FLOOR = "LoRA in bf16"
+"""Name of the row that holds the fidelity of the model's own dtype."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FineTuned:
+    """What `fine_tune` found: a record and a loss curve for each variant, and the models, still attached."""
+
+    records: list[Record]
+    losses: dict[str, list[float]]
+    contenders: list[Contender]
+
+
+def benchmark(
+    work: Workload, variants: Sequence[Variant], *, batch: int, rounds: int, progress: Progress | None = None
+) -> list[Record]:
+    """One step of the decoder body on `batch` blocks: bytes, time and fidelity of each variant, relative to the first.
+
+    The loss is chunked, costs every variant the same, and is left out: its gradient is computed once and handed to
+    every backward. Times are medians over `rounds` alternating rounds. Fidelity is measured in fp32; one more record
+    holds what the model's own dtype does to the plain gradient.
+    """
+    tick = Ticker(progress, WARM_STEPS + 1 + len(variants) * (rounds + 3) + 2)
+    ids = work.train[-batch:]
+    with fast_bf16():
+        warm(work, tick)
+        tick("gradient of the loss")
+        upstream = work.upstream(work.model, ids)
+        contenders = [contend(work.model, v) for v in variants]
+        sizes: list[tuple[int, int]] = []
+        for contender in contenders:
+            tick(f"bytes of {contender.variant.name}")
+            sizes.append(body_bytes(contender, work, ids, upstream))
+        reference = work.hidden(contenders[0].model, ids).detach()
+        same = [torch.equal(reference, work.hidden(c.model, ids).detach()) for c in contenders]
+
+        def step(contender: Contender) -> None:
+            tick(f"timing {contender.variant.name}")
+            contender.model.zero_grad(set_to_none=True)
+            work.hidden(contender.model, ids).backward(upstream)
+            _synchronise(upstream)
+
+        for contender in contenders:
+            step(contender)  # untimed: allocators and kernel caches fill
+        for _ in range(rounds):
+            alternate(contenders, step)
+        for contender in contenders:
+            contender.close()
+            contender.model.zero_grad(set_to_none=True)
+        scores = fidelities(work, work.model, variants, ids, tick)
+    records: list[Record] = []
+    for contender, (saved, peak), equal in zip(contenders, sizes, same, strict=True):
+        score = scores[contender.variant.name]
+        records.append(
+            Record(
+                name=contender.variant.name,
+                saved_bytes=saved,
+                peak_bytes=peak,
+                step_seconds=statistics.median(contender.seconds),
+                time_ratio=time_ratio(contender, contenders[0]),
+                cosine=score.cosine,
+                relative_error=score.relative_error,
+                extra={
+                    "forward_bit_identical": equal,
+                    "rounds": rounds,
+                    "tokens": ids.numel(),
+                    "seconds": contender.seconds,
+                    **machine(),
+                },
+            )
+        )
+    return [*records, _floor(records[0], scores["bf16"])]
+
+
+def fine_tune(
+    work: Workload, variants: Sequence[Variant], *, steps: int, batch: int, progress: Progress | None = None
+) -> FineTuned:
+    """Train each variant from the same start on the same blocks, a step of each in turn; then measure.
+
+    Losses are those of training and of held-out text; fidelity belongs to the model as the first variant trained it.
+    """
+    tick = Ticker(progress, len(variants) * (steps + 4) + 2)
+    losses: dict[str, list[float]] = {v.name: [] for v in variants}
+    with fast_bf16():
+        contenders = [contend(work.model, v) for v in variants]
+        optimisers = {c.variant.name: _optimiser(c.model) for c in contenders}
+        for index in range(steps):
+            ids = work.train[index * batch : (index + 1) * batch]
+
+            def step(contender: Contender, ids: Tensor = ids, index: int = index) -> None:
+                name = contender.variant.name
+                tick(f"step {index + 1} of {steps}, {name}")
+                losses[name].append(_train_step(work, contender.model, optimisers[name], ids))
+
+            alternate(contenders, step)
+        for contender in contenders:  # the first step fills allocators and caches
+            contender.seconds = contender.seconds[1:] or contender.seconds
+        ids = work.train[:batch]
+        upstream = work.upstream(contenders[0].model, ids)
+        sizes: list[tuple[int, int]] = []
+        for contender in contenders:
+            tick(f"bytes of {contender.variant.name}")
+            sizes.append(body_bytes(contender, work, ids, upstream))
+        held_out: list[float] = []
+        for contender in contenders:
+            tick(f"held-out loss of {contender.variant.name}")
+            held_out.append(evaluate(work, contender.model))
+        scores = fidelities(work, contenders[0].model, variants, ids, tick)
+    records: list[Record] = []
+    for contender, (saved, peak), loss in zip(contenders, sizes, held_out, strict=True):
+        name = contender.variant.name
+        records.append(
+            Record(
+                name=name,
+                saved_bytes=saved,
+                peak_bytes=peak,
+                step_seconds=statistics.median(contender.seconds),
+                time_ratio=time_ratio(contender, contenders[0]),
+                cosine=scores[name].cosine,
+                relative_error=scores[name].relative_error,
+                train_loss=statistics.fmean(losses[name][-4:]),
+                held_out_loss=loss,
+                extra={"steps": steps, "tokens": ids.numel(), **machine()},
+            )
+        )
+    return FineTuned(records=[*records, _floor(records[0], scores["bf16"])], losses=losses, contenders=contenders)
+
+
+def evaluate(work: Workload, model: Any) -> float:
+    """Loss on the held-out blocks."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            return float(work.loss(model, work.held_out))
+    finally:
+        model.train(training)
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured on."""
+    device = (
+        torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU {torch.backends.cpu.get_cpu_capability()}"
+    )
+    return {
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "bf16_products": "native" if native_bf16() else "widened to fp32",
+        "torch": torch.__version__,
+        "platform": platform.platform(),
+    }
+
+
+def warm(work: Workload, tick: Ticker) -> None:
+    """Train the adapters for a few short steps."""
+    optimiser = _optimiser(work.model)
+    for index in range(WARM_STEPS):
+        tick(f"warming the adapters, step {index + 1} of {WARM_STEPS}")
+        _train_step(work, work.model, optimiser, work.train[index % len(work.train)][None, :WARM_TOKENS])
+
+
+def _optimiser(model: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LEARNING_RATE)
+
+
+def _train_step(work: Workload, model: Any, optimiser: torch.optim.Optimizer, ids: Tensor) -> float:
+    loss = work.loss(model, ids)
+    loss.backward()
+    optimiser.step()
+    optimiser.zero_grad(set_to_none=True)
+    return float(loss.detach())
+
+
+def _floor(plain: Record, score: Fidelity) -> Record:
+    return replace(
+        plain,
+        name=FLOOR,
+        cosine=score.cosine,
+        relative_error=score.relative_error,
+        extra={"note": "the plain gradient in the model's own dtype against fp32: the floor for any method"},
+    )
+
+
+def _synchronise(like: Tensor) -> None:
+    if like.is_cuda:
+        torch.cuda.synchronize()
