@@ -1,0 +1,90 @@
+"""LoRA over an NF4 base (QLoRA): the same values, sites and gradients, at most half the bytes."""
+
+import pytest
+import torch
+
+import loract
+
+transformers = pytest.importorskip("transformers")
+peft = pytest.importorskip("peft")
+bnb = pytest.importorskip("bitsandbytes")
+
+from causal import causal, lora, tokens  # noqa: E402
+from loract.memory import saved_bytes  # noqa: E402
+from tiny import FAMILIES  # noqa: E402
+
+FULL = loract.preset("tensor", codec=loract.LowRank(rank=1.0, guard=False))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny random Llama on disk."""
+    path = tmp_path_factory.mktemp("base")
+    causal("llama").unload().save_pretrained(path)
+    return path
+
+
+def quantised(folder, dtype=torch.float32):
+    """Loaded in 4 bits as a user would, with adapters on every linear layer but the head."""
+    config = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+    base = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, quantization_config=config, dtype=dtype, device_map={"": "cpu"}
+    )
+    torch.manual_seed(0)
+    model = lora(base)
+    assert sum(isinstance(m, bnb.nn.Linear4bit) for m in model.modules()) == FAMILIES["llama"]["adapter_input"]
+    return model
+
+
+def loss_of(model, ids):
+    return model(input_ids=ids, labels=ids, use_cache=False).loss
+
+
+def step(model, ids):
+    """Logits and gradients."""
+    model.zero_grad()
+    out = model(input_ids=ids, labels=ids, use_cache=False)
+    out.loss.backward()
+    return out.logits.detach(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+@pytest.mark.parametrize(("policy", "tolerance"), [("exact", 1e-5), (FULL, 1e-3)], ids=["exact", "full-rank"])
+def test_values_sites_and_gradients(folder, policy, tolerance):
+    model, ids = quantised(folder), tokens()
+    logits, expected = step(model, ids)
+    with loract.attach(model, policy) as handle:
+        ours, gradients = step(model, ids)
+        stats = handle.stats()
+        with torch.no_grad():
+            assert torch.equal(model(input_ids=ids, use_cache=False).logits, ours)
+    assert handle.summary() == FAMILIES["llama"]
+    assert torch.equal(ours, logits)
+    assert (gradients - expected).norm() <= tolerance * expected.norm()
+    assert all(s.calls for s in stats)
+    if policy is FULL:
+        uncoded = [s for s in stats if s.kind != "attention" and s.bytes_before and not s.coded]
+        # Attention keeps its output exactly, so the projection after it holds that tensor for nothing.
+        assert {(s.kind, s.name.rsplit(".")[-1], s.bytes_after) for s in uncoded} == {("adapter_input", "o_proj", 0)}
+
+
+@pytest.mark.parametrize("policy", ["exact", "tensor"])
+def test_presets_halve_the_bytes(folder, policy):
+    model, ids = quantised(folder, torch.bfloat16), tokens(length=128)
+    body = model.get_base_model().model
+    forward = lambda: body(input_ids=ids, use_cache=False).last_hidden_state  # noqa: E731
+    held = [*model.parameters(), *model.buffers()]
+    plain, expected = saved_bytes(forward, held)
+    with loract.attach(model, policy):
+        ours, values = saved_bytes(forward, held)
+    assert torch.equal(values, expected)
+    assert 0 < ours <= 0.5 * plain
+
+
+def test_the_base_stays_as_it_was(folder):
+    model, ids = quantised(folder), tokens()
+    before = {n: p.detach().clone() for n, p in model.named_parameters() if "lora_" not in n}
+    with loract.attach(model, "tensor"):
+        loss_of(model, ids).backward()
+    after = dict(model.named_parameters())
+    assert all(torch.equal(after[n], value) and after[n].grad is None for n, value in before.items())
+    assert all(type(after[n]) is bnb.nn.Params4bit for n in before if n.endswith("proj.base_layer.weight"))
