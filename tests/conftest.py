@@ -5,6 +5,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import torch
 
+torch.set_num_threads(1)  # tiny models: threads cost more than they give, above all on a busy machine
+
 
 @pytest.fixture
 def generator() -> torch.Generator:

@@ -1,5 +1,8 @@
 """Fine-tune large models in a fraction of the activation memory: LoRAct (arXiv:2509.23472) and beyond."""
 
+import importlib
+from typing import Any
+
 from loract.attach import Handle, attach
 from loract.audit import Fidelity, audit
 from loract.codecs import Exact, LowRank, Quantized
@@ -29,3 +32,10 @@ __all__ = [
     "audit",
     "preset",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """`loract.hf` on first use: it imports transformers."""
+    if name == "hf":
+        return importlib.import_module("loract.hf")
+    raise AttributeError(f"module 'loract' has no attribute {name!r}")

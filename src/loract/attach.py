@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from loract.codecs import Exact, Packed
-from loract.errors import LoractError, UnsupportedModule
+from loract.errors import LoractError, Uncopied, UnsupportedModule
 from loract.functions.adapter import adapter_product
 from loract.functions.gated import GatedCall, gated
 from loract.functions.norm import NormCall, norm
@@ -38,7 +38,17 @@ ATTENTION = "loract_sdpa"
 _MARK = "_loract_handle"
 
 
-class Handle:
+class _Forward(Uncopied):
+    """A module's replaced forward."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.__wrapped__ = function  # inspect.signature follows it
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.__wrapped__(*args, **kwargs)
+
+
+class Handle(Uncopied):
     """What `attach` returns. A context manager: leaving it detaches, also after an exception."""
 
     def __init__(self, model: nn.Module, policy: Policy, seed: int) -> None:
@@ -116,7 +126,7 @@ class Handle:
             else:
                 delattr(target, name)
 
-        setattr(target, name, value)
+        setattr(target, name, _Forward(value) if callable(value) and name == "forward" else value)
         self._undo.append(undo)
 
     def _patch_adapter(self, item: Found, site: RunningSite) -> None:

@@ -78,22 +78,21 @@ def summarise(name: str, found: Sequence[Compared]) -> Decomposed:
     )
 
 
-def activations(
-    forward: Callable[[], Any], model: Any, rank: int | float = 0.125, *, tick: Callable[[str], None] | None = None
-) -> list[Decomposed]:
-    """Compare the finders on every tensor that the sites of `model` would code in `forward()`, by kind of site.
+def activations(forward: Callable[[], Any], model: Any, rank: int | float = 0.125) -> list[Decomposed]:
+    """Compare the finders on every tensor that the sites of `model` would code in `forward()`, by kind and over all.
 
     Raises:
         UnsupportedModule: the model has no recognisable site.
     """
     seen: dict[str, list[Compared]] = {}
-    probes = {kind: _Probe(rank=rank, found=seen.setdefault(kind, []), tick=tick) for kind in get_args(Kind)}
+    probes = {kind: _Probe(rank=rank, found=seen.setdefault(kind, [])) for kind in get_args(Kind)}
     policy = Policy(name="probe", rules=tuple(Rule(kind=kind, codec=probe) for kind, probe in probes.items()))
     with fast_bf16(), attach(model, policy):
         for probe in probes.values():  # attaching runs probes of its own
             probe.found.clear()
         forward()
-    return [summarise(kind, found) for kind, found in seen.items() if found]
+    every = [one for found in seen.values() for one in found]
+    return [*(summarise(kind, found) for kind, found in seen.items() if found), summarise("all", every)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +101,6 @@ class _Probe:
 
     rank: int | float
     found: list[Compared] = field(compare=False)
-    tick: Callable[[str], None] | None = None
 
     def codes(self, tokens: int, features: int, dtype: torch.dtype) -> bool:
         """Every floating-point matrix."""
@@ -111,7 +109,5 @@ class _Probe:
     def encode(self, x: Tensor, generator: torch.Generator | None = None, state: State | None = None) -> Packed:
         """Compare, and keep x."""
         tokens, features = tokens_features(x)
-        if self.tick is not None and tokens > 4:
-            self.tick(f"decomposing {tokens} x {features}")
         self.found.append(compare(x.detach().reshape(tokens, features), resolve_rank(self.rank, features)))
         return Exact().encode(x)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NoReturn
+
 
 class LoractError(ValueError):
     """A user's mistake or an unmet condition.
@@ -14,6 +16,26 @@ class LoractError(ValueError):
     def __init__(self, got: str, expected: str, next_step: str) -> None:
         """Compose the message from its three parts."""
         super().__init__(f"got {got}; expected {expected}; next: {next_step}")
+
+
+class Uncopied:
+    """Base of what belongs to one attached model.
+
+    Copies of functions are references: a copied module would go on running the original's modules with the original's
+    weights, without a sign of it. So copying and pickling are refused.
+    """
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        """Refuse.
+
+        Raises:
+            LoractError: always.
+        """
+        raise LoractError(
+            "a copy or pickle of an attached model",
+            "a detached model, or its state_dict()",
+            "call handle.detach() first and attach again afterwards",
+        )
 
 
 class UnsupportedModule(LoractError):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import json
 import resource
 import sys
 import weakref
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -108,8 +111,33 @@ def step_bytes(
 
 
 def peak_rss_bytes() -> int:
-    """Peak resident bytes of this process so far; the difference over a step is meaningful in a fresh process."""
+    """Peak resident bytes of this process so far, or since `restart_peak_rss`."""
+    if _STATUS.exists():
+        return _status_bytes("VmHWM")
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def restart_peak_rss() -> int:
+    """Give freed memory back, let the peak start again from here where Linux allows it, and return the resident bytes.
+
+    The difference of `peak_rss_bytes` over a step is meaningful in a fresh process only.
+    """
+    gc.collect()
+    if not _STATUS.exists():
+        return peak_rss_bytes()
+    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+    return _status_bytes("VmRSS")
+
+
+_STATUS = Path("/proc/self/status")
+
+
+def _status_bytes(key: str) -> int:
+    line = next(text for text in _STATUS.read_text().splitlines() if text.startswith(key))
+    return int(line.split()[1]) * 1024
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,6 +153,8 @@ class Record:
     relative_error: float | None = None
     train_loss: float | None = None
     held_out_loss: float | None = None
+    resident_bytes: int | None = None
+    """Peak resident bytes of a fresh process minus those before its first step."""
     extra: dict[str, Any] = field(default_factory=lambda: dict[str, Any]())
 
     def append(self, path: Path) -> None:

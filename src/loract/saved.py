@@ -17,6 +17,7 @@ from torch.utils.weak import WeakIdKeyDictionary, WeakTensorKeyDictionary
 
 from loract.codecs import Codec, Exact, Packed, State
 from loract.codecs.base import Delayed
+from loract.errors import Uncopied
 from loract.policy import Site
 
 
@@ -87,7 +88,7 @@ class SiteStats:
 
 
 @dataclass(kw_only=True, eq=False)
-class RunningSite:
+class RunningSite(Uncopied):
     """One site while attached."""
 
     site: Site

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import platform
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,7 +16,7 @@ from torch import Tensor
 from loract.audit import Fidelity
 from loract.compare import Contender, Progress, Ticker, Variant, alternate, body_bytes, contend, fidelities, time_ratio
 from loract.cpu import fast_bf16, native_bf16
-from loract.memory import Record
+from loract.memory import Record, peak_rss_bytes, restart_peak_rss
 from loract.workload import Workload
 
 LEARNING_RATE = 5e-4
@@ -35,16 +37,28 @@ class FineTuned:
 
 
 def benchmark(
-    work: Workload, variants: Sequence[Variant], *, batch: int, rounds: int, progress: Progress | None = None
+    work: Workload,
+    variants: Sequence[Variant],
+    *,
+    batch: int,
+    rounds: int,
+    load: Callable[[], Workload] | None = None,
+    progress: Progress | None = None,
 ) -> list[Record]:
     """One step of the decoder body on `batch` blocks: bytes, time and fidelity of each variant, relative to the first.
 
     The loss is chunked, costs every variant the same, and is left out: its gradient is computed once and handed to
-    every backward. Times are medians over `rounds` alternating rounds. Fidelity is measured in fp32; one more record
-    holds what the model's own dtype does to the plain gradient.
+    every backward. Times are medians over `rounds` alternating rounds. With a picklable `load`, which makes the same
+    workload anew, each variant's resident peak is measured too, in a process of its own. Fidelity is measured in fp32;
+    one more record holds what the model's own dtype does to the plain gradient.
     """
-    tick = Ticker(progress, WARM_STEPS + 1 + len(variants) * (rounds + 3) + 2)
+    tick = Ticker(progress, WARM_STEPS + 1 + len(variants) * (rounds + 3 + (load is not None)) + 2)
     ids = work.train[-batch:]
+    resident: dict[str, int] = {}
+    for variant in variants if load is not None else ():
+        assert load is not None
+        tick(f"resident peak of {variant.name}")
+        resident[variant.name] = resident_peak(load, variant, batch=batch)
     with fast_bf16():
         warm(work, tick)
         tick("gradient of the loss")
@@ -83,6 +97,7 @@ def benchmark(
                 time_ratio=time_ratio(contender, contenders[0]),
                 cosine=score.cosine,
                 relative_error=score.relative_error,
+                resident_bytes=resident.get(contender.variant.name),
                 extra={
                     "forward_bit_identical": equal,
                     "rounds": rounds,
@@ -95,6 +110,28 @@ def benchmark(
     return [*records, _floor(records[0], scores["bf16"])]
 
 
+def resident_peak(load: Callable[[], Workload], variant: Variant, *, batch: int) -> int:
+    """Peak resident bytes that the first step of the decoder body adds, in a fresh process.
+
+    The operating system's view, beside the tracker's: it includes temporaries inside kernels and fragmentation.
+    `load` must be picklable.
+    """
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(_resident_peak, load, variant, batch).result()
+
+
+def _resident_peak(load: Callable[[], Workload], variant: Variant, batch: int) -> int:
+    with fast_bf16():
+        work = load()
+        contender = contend(work.model, variant)
+        ids = work.train[:batch]
+        upstream = torch.full((*ids.shape, work.head.shape[1]), 1e-4, dtype=next(work.model.parameters()).dtype)
+        before = restart_peak_rss()
+        work.hidden(contender.model, ids).backward(upstream)
+        return peak_rss_bytes() - before
+
+
 def fine_tune(
     work: Workload, variants: Sequence[Variant], *, steps: int, batch: int, progress: Progress | None = None
 ) -> FineTuned:
@@ -102,7 +139,7 @@ def fine_tune(
 
     Losses are those of training and of held-out text; fidelity belongs to the model as the first variant trained it.
     """
-    tick = Ticker(progress, len(variants) * (steps + 4) + 2)
+    tick = Ticker(progress, len(variants) * (steps + 3) + 2)
     losses: dict[str, list[float]] = {v.name: [] for v in variants}
     with fast_bf16():
         contenders = [contend(work.model, v) for v in variants]

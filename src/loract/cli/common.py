@@ -21,6 +21,8 @@ from loract.report import markdown, rows
 from loract.weights import gemma_270m
 
 console = Console()
+if not console.is_terminal:  # tables in a pipe or a log are not squeezed into 80 columns
+    console.width = 140
 status = Console(stderr=True)
 """Progress goes to stderr, so that what a verb prints can be piped."""
 
@@ -96,7 +98,7 @@ def show(records: Sequence[Record], title: str) -> None:
     header, body = rows(records)
     table = Table(title=title, title_justify="left")
     for index, name in enumerate(header):
-        table.add_column(name, justify="right" if index else "left", no_wrap=index == 0)
+        table.add_column(name, justify="right" if index else "left", no_wrap=True)
     for line in body:
         table.add_row(*line)
     console.print(table)

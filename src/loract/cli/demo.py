@@ -13,6 +13,7 @@ from loract.compare import STANDARD
 from loract.errors import LoractError
 from loract.report import comparison
 from loract.studies import FLOOR, fine_tune
+from loract.weights import quiet
 from loract.workload import Workload, workload
 
 
@@ -57,8 +58,9 @@ def reload_equal(work: Workload, model: Any, folder: str, adapter: Path) -> None
     import peft
     from transformers import AutoModelForCausalLM
 
-    base: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, use_safetensors=True)
-    loaded: Any = peft.PeftModel.from_pretrained(base, str(adapter)).eval()
+    with quiet():
+        base: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, use_safetensors=True)
+        loaded: Any = peft.PeftModel.from_pretrained(base, str(adapter)).eval()
     training = model.training
     model.eval()
     ids = work.held_out[:1]

@@ -13,6 +13,7 @@ _COLUMNS: tuple[tuple[str, Cell], ...] = (
     ("saved MiB", lambda r, _: f"{r.saved_bytes / MIB:.0f}"),
     ("of LoRA's", lambda r, first: f"{100 * r.saved_bytes / first.saved_bytes:.1f} %"),
     ("peak MiB", lambda r, _: f"{r.peak_bytes / MIB:.0f}"),
+    ("resident MiB", lambda r, _: _ABSENT if r.resident_bytes is None else f"{r.resident_bytes / MIB:.0f}"),
     ("time", lambda r, _: f"{r.time_ratio:.2f}x"),
     ("cosine", lambda r, _: _number(r.cosine, ".5f")),
     ("relative error", lambda r, _: _number(r.relative_error, ".2g")),

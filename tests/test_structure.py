@@ -1,0 +1,80 @@
+"""Imports point one way, the core needs torch alone, and torch.linalg stays in one module."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import loract
+
+ROOT = Path(loract.__file__).parent
+ORDER = [
+    "errors",
+    "cpu",
+    "linalg",
+    "bitpack",
+    "bounds",
+    "rangefinder",
+    "codecs",
+    "policy",
+    "functions",
+    "saved",
+    "recognize",
+    "attach",
+    "memory",
+    "audit",
+    "data",
+    "weights",
+    "workload",
+    "compare",
+    "decomposition",
+    "studies",
+    "hf",
+    "report",
+    "cli",
+]
+FILES = sorted(ROOT.rglob("*.py"))
+
+
+def module_of(path):
+    return path.relative_to(ROOT).with_suffix("").parts[0]
+
+
+def imported(path):
+    """Modules of the package that a file imports, wherever in the file."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("loract."):
+            yield node.module.split(".")[1]
+        elif isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[1] for alias in node.names if alias.name.startswith("loract."))
+
+
+def test_every_module_has_its_place():
+    modules = {module_of(path) for path in FILES} - {"__init__", "__main__"}
+    assert modules == set(ORDER)
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if module_of(p) in ORDER], ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_point_one_way(path):
+    place = ORDER.index(module_of(path))
+    for name in imported(path):
+        assert ORDER.index(name) <= place, f"{path.name} imports {name}"
+
+
+def test_factorisations_live_in_linalg():
+    users = {module_of(p) for p in FILES if "torch.linalg" in p.read_text()}
+    assert users == {"linalg"}
+
+
+def test_the_core_imports_torch_alone():
+    code = "import sys, loract; print([m for m in ('transformers', 'peft', 'typer', 'matplotlib') if m in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
+def test_hf_is_reached_from_the_package():
+    assert loract.hf.LoractCallback.__module__ == "loract.hf"
+    with pytest.raises(AttributeError, match="no attribute 'hff'"):
+        _ = loract.hff
