@@ -2,6 +2,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
+# Some pinned releases need Python 3.11; on 3.10 torch alone is pinned.
+PINS := $(shell $(PYTHON) -c 'import sys; print("constraints.txt" if sys.version_info >= (3, 11) else "$(VENV)/torch.txt")')
 export HF_HUB_OFFLINE := 1
 
 .PHONY: demo test check bench setup clean
@@ -26,8 +28,9 @@ setup: $(STAMP)
 # torch first and by its pin: a range would pull the newest build, with CUDA.
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q "$$(grep '^torch==' constraints.txt)"
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[all,demo,dev]'
+	grep '^torch==' constraints.txt > $(VENV)/torch.txt
+	$(BIN)/python -m pip install -q -r $(VENV)/torch.txt
+	$(BIN)/python -m pip install -q -c $(PINS) -e '.[all,demo,dev]'
 	touch $(STAMP)
 
 clean:

@@ -91,10 +91,9 @@ class Codec(Protocol):
 
 @dataclass(kw_only=True)
 class State:
-    """What one site remembers between steps: the rank in force and the last basis, both optional."""
+    """What one site remembers between steps: the rank in force, and the spectrum that will choose the next one."""
 
     rank: int | None = None
-    basis: Tensor | None = None
     spectrum: Delayed = field(default_factory=lambda: Delayed())
 
 
