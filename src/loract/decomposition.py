@@ -25,7 +25,7 @@ FINDERS: Mapping[str, RangeFinder] = {"LoRAct": Sampled(), "Gaussian RSVD": Gaus
 
 @dataclass(frozen=True, kw_only=True)
 class Decomposed:
-    """Means over tensors: relative error of each finder and of the optimum, and seconds of each finder."""
+    """Over tensors: mean relative error of each finder and of the optimum, median seconds of each finder."""
 
     name: str
     tensors: int
@@ -68,13 +68,13 @@ def compare(x: Tensor, rank: int, finders: Mapping[str, RangeFinder] = FINDERS, 
 
 
 def summarise(name: str, found: Sequence[Compared]) -> Decomposed:
-    """Mean errors and seconds over tensors."""
+    """Mean errors and median seconds over tensors."""
     return Decomposed(
         name=name,
         tensors=len(found),
         optimum=statistics.fmean(c.optimum for c in found),
         errors={f: statistics.fmean(c.errors[f] for c in found) for f in found[0].errors},
-        seconds={f: statistics.fmean(c.seconds[f] for c in found) for f in found[0].seconds},
+        seconds={f: statistics.median(c.seconds[f] for c in found) for f in found[0].seconds},
     )
 
 

@@ -154,7 +154,7 @@ class Record:
     train_loss: float | None = None
     held_out_loss: float | None = None
     resident_bytes: int | None = None
-    """Peak resident bytes of a fresh process minus those before its first step."""
+    """Peak resident bytes of a fresh process over one step, minus those before it."""
     extra: dict[str, Any] = field(default_factory=lambda: dict[str, Any]())
 
     def append(self, path: Path) -> None:

@@ -54,7 +54,7 @@ def bench(
 def _decompositions(found: Sequence[Decomposed], out: Path) -> None:
     names = list(found[0].errors)
     table = Table(
-        title="relative error at n/8, mean over tensors (times the optimum), and seconds", title_justify="left"
+        title="relative error at n/8, mean over tensors (times the optimum), and median time", title_justify="left"
     )
     for column in ("site", "tensors", "optimum", *names):
         table.add_column(column)
