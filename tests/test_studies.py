@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from causal import causal
-from loract.compare import STANDARD, Variant, contend
+from loract.compare import STANDARD, Variant, body_bytes, contend
 from loract.decomposition import activations
 from loract.rangefinder import Truncated
-from loract.studies import FLOOR, benchmark, evaluate, fine_tune
+from loract.studies import FLOOR, benchmark, evaluate, fine_tune, resident_peak
 from loract.workload import Workload
 
 
@@ -80,3 +80,19 @@ def test_the_optimum_is_the_truncated_decomposition():
     x = torch.randn(40, 16, generator=torch.Generator().manual_seed(0))
     found = compare(x, 4, {"truncated": Truncated()})
     assert found.errors["truncated"] == pytest.approx(found.optimum, rel=1e-5)
+
+
+def big():
+    work = tiny()
+    ids = torch.randint(3, 97, (8, 256), generator=torch.Generator().manual_seed(1))
+    return Workload(model=work.model, head=work.head, train=ids, held_out=ids[:1])
+
+
+def test_the_resident_peak_is_that_of_a_fresh_process():
+    keep = torch.ones(256 << 20, dtype=torch.uint8)  # this process's memory must not count
+    found = resident_peak(big, STANDARD[0], batch=8)
+    work = big()
+    upstream = torch.ones(8, 256, 64)
+    _, tracked = body_bytes(contend(work.model, STANDARD[0]), work, work.train, upstream)
+    assert 0.5 * tracked < found < 3 * tracked + (64 << 20)
+    assert keep.sum() == keep.numel()

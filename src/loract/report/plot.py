@@ -18,6 +18,7 @@ def comparison(records: Sequence[Record], path: Path, losses: Mapping[str, Seque
     """
     try:
         from matplotlib.figure import Figure
+        from matplotlib.ticker import ScalarFormatter
     except ImportError as missing:
         raise MissingExtra("no matplotlib", "matplotlib for plots", "pip install 'loract[cli]'") from missing
     panels = 2 if losses else 1
@@ -27,7 +28,8 @@ def comparison(records: Sequence[Record], path: Path, losses: Mapping[str, Seque
     for index, record in enumerate(records):
         x, y = record.saved_bytes / MIB, record.time_ratio
         plane.scatter([x], [y], s=60, color=f"C{index}", label=record.name)
-    plane.set_xscale("log")
+    plane.set_xscale("log", base=2)
+    plane.xaxis.set_major_formatter(ScalarFormatter())
     plane.set_xlabel("bytes saved for backward (MiB, log scale)")
     plane.set_ylabel(f"step time relative to {records[0].name}")
     plane.grid(visible=True, alpha=0.3)
