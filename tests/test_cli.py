@@ -88,6 +88,8 @@ def test_bad_dtype():
         (("audit", "--rank", "1.5"), "got rank=1.5"),
         (("profile", "/no/such/folder"), "a causal language model's folder"),
         (("profile", "--preset", "exact", "--rank", "8"), "preset 'exact' with a rank"),
+        (("audit", "--bits", "9"), "got bits=9"),
+        (("audit", "--bits", "8", "--rank", "8"), "both rank and codec"),
     ],
 )
 def test_mistakes_are_one_line(monkeypatch, capsys, arguments, message):

@@ -10,7 +10,18 @@ import typer
 from rich.table import Table
 
 from loract.audit import audit as run_audit
-from loract.cli.common import GEMMA, Model, Preset, Rank, console, model_folder, parse_dtype, parse_policy, progress_bar
+from loract.cli.common import (
+    GEMMA,
+    Bits,
+    Model,
+    Preset,
+    Rank,
+    console,
+    model_folder,
+    parse_dtype,
+    parse_policy,
+    progress_bar,
+)
 from loract.compare import Ticker
 from loract.cpu import fast_bf16
 from loract.studies import WARM_STEPS, warm
@@ -21,6 +32,7 @@ def audit(
     model: Model = GEMMA,
     preset: Preset = "tensor",
     rank: Rank = None,
+    bits: Bits = None,
     batch: Annotated[int, typer.Option(min=1, help="Sequences.")] = 2,
     length: Annotated[int, typer.Option(min=8, help="Tokens a sequence.")] = 256,
     dtype: Annotated[str, typer.Option(help="bf16 or fp32; bf16 adds its own noise.")] = "fp32",
@@ -31,7 +43,7 @@ def audit(
     The model gets LoRA adapters on all linear layers, trained for a few short steps: fresh ones have B = 0 and no
     gradient in A.
     """
-    policy = parse_policy(preset, rank)
+    policy = parse_policy(preset, rank, bits)
     work = workload(model_folder(model), length=length, train=batch, held_out=1, dtype=parse_dtype(dtype))
     with progress_bar() as progress, fast_bf16():
         tick = Ticker(progress, WARM_STEPS + 1)

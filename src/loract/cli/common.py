@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from loract.codecs import Quantized
 from loract.compare import Progress as Callback
 from loract.errors import InvalidSpec
 from loract.memory import Record
@@ -32,6 +33,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 Model = Annotated[str, typer.Argument(help=f"Folder of a causal language model, or {GEMMA!r} (packaged weights).")]
 Preset = Annotated[str, typer.Option("--preset", help="exact or tensor.")]
 Rank = Annotated[str | None, typer.Option("--rank", help="Columns (16) or share of the features (0.125, 1/8, 1.0).")]
+Bits = Annotated[int | None, typer.Option("--bits", help="Quantise to so many bits (1 to 8) instead of low rank.")]
 Out = Annotated[Path, typer.Option("--out", help="Folder for the results.")]
 
 
@@ -56,9 +58,9 @@ def parse_rank(text: str | None) -> int | float | None:
         raise InvalidSpec(f"rank {text!r}", "an integer or a ratio", "try --rank 1/8") from None
 
 
-def parse_policy(name: str, rank: str | None) -> Policy:
-    """The preset that the options name."""
-    return preset(name, rank=parse_rank(rank))
+def parse_policy(name: str, rank: str | None, bits: int | None) -> Policy:
+    """The preset that the options name, with a rank or with quantisation."""
+    return preset(name, rank=parse_rank(rank), codec=None if bits is None else Quantized(bits=bits))
 
 
 def parse_dtype(name: str) -> torch.dtype:

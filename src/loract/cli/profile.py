@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from loract.cli.common import GEMMA, Model, Preset, Rank, console, model_folder, parse_dtype, parse_policy, status
+from loract.cli.common import GEMMA, Bits, Model, Preset, Rank, console, model_folder, parse_dtype, parse_policy, status
 from loract.compare import Contender, Variant, body_bytes, contend
 from loract.cpu import fast_bf16
 from loract.memory import MIB
@@ -25,13 +25,14 @@ def profile(
     model: Model = GEMMA,
     preset: Preset = "exact",
     rank: Rank = None,
+    bits: Bits = None,
     batch: Annotated[int, typer.Option(min=1, help="Sequences.")] = 2,
     length: Annotated[int, typer.Option(min=8, help="Tokens a sequence.")] = 256,
     dtype: Annotated[str, typer.Option(help="bf16 or fp32.")] = "bf16",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Run one step of the decoder body without and with a policy: bytes measured, and bytes by site and layer."""
-    policy = parse_policy(preset, rank)
+    policy = parse_policy(preset, rank, bits)
     work = workload(model_folder(model), length=length, train=batch, held_out=1, dtype=parse_dtype(dtype))
     measured: dict[str, dict[str, float]] = {}
     sites: list[SiteStats] = []
