@@ -92,7 +92,7 @@ def load_model(name: str, *, dtype: torch.dtype) -> tuple[Any, Any]:
         except (OSError, ValueError) as reason:
             first = str(reason).strip().splitlines()[0]
             raise LoractError(
-                f"model {name!r} ({first})", "a causal language model's folder", "check --model"
+                f"model {name!r} ({first})", "a causal language model's folder", "check the MODEL path"
             ) from reason
         torch.manual_seed(0)
         model = peft.get_peft_model(model, peft.LoraConfig(r=RANK, target_modules="all-linear", task_type="CAUSAL_LM"))
