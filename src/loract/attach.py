@@ -6,17 +6,21 @@ import copy
 import threading
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from loract.blocks import RegionRole, find_regions
 from loract.codecs import Exact, Packed
 from loract.errors import LoractError, Uncopied, UnsupportedModule
 from loract.functions.adapter import adapter_product
+from loract.functions.base import Autocast
+from loract.functions.checkpoint import Rerun, checkpoint
 from loract.functions.gated import GatedCall, gated
 from loract.functions.norm import NormCall, norm
-from loract.policy import Policy, as_policy
+from loract.policy import REGIONS, Policy, as_policy
 from loract.recognize import (
     ActivationRole,
     AdapterRole,
@@ -30,6 +34,7 @@ from loract.recognize import (
     probe,
     recognize,
 )
+from loract.region import Draws, Region, activations, arguments, without_empty_cache
 from loract.saved import Index, Ledger, RunningSite, SiteStats, attention_hooks
 
 ATTENTION = "loract_sdpa"
@@ -70,12 +75,21 @@ class Handle(Uncopied):
         self.left = list(found.left)
         setattr(self.model, _MARK, self)
         self._undo.append(lambda: delattr(self.model, _MARK))
-        for item in found.sites:
+        # A region may be the module of another site too: it then runs that site's forward, so it comes last.
+        for item in (*found.sites, *find_regions(self.model, found)):
             codec = self.policy.codec(item.site)
             if codec is None:
-                self.left.append((item.site.name, type(item.module).__name__, "no rule of the policy"))
+                if item.site.kind not in REGIONS:
+                    self.left.append((item.site.name, type(item.module).__name__, "no rule of the policy"))
                 continue
-            site = RunningSite(site=item.site, codec=codec, seed=self.seed, index=self.index, ledger=self.ledger)
+            site = RunningSite(
+                site=item.site,
+                codec=codec,
+                again=self.policy.recompute_codec(item.site),
+                seed=self.seed,
+                index=self.index,
+                ledger=self.ledger,
+            )
             undone = len(self._undo)
             expected = _observe(item)
             _PATCHES[type(item.role)](self, item, site)
@@ -233,10 +247,60 @@ class Handle(Uncopied):
         return out
 
     def _operand(self, x: Tensor, site: RunningSite) -> Packed:
+        if (known := self.index.get(x)) is not None:
+            return known
         if site.lossy(x):
             return site.encode(x)
         site.keep(x)
         return Exact().encode(x)
+
+    def _patch_region(self, item: Found, site: RunningSite) -> None:
+        module, role = item.module, item.role
+        region = Region(module, self.ledger, self.index.put)
+        for linear in role.linears:
+            self._set(linear, "forward", region.linear(linear, self._factors))
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            inert = self.ledger.recomputing and site.again is None
+            if inert or not torch.is_grad_enabled():
+                return region.forward(*args, **kwargs)
+            tensors, rebuild, rest = arguments(*without_empty_cache(module, args, kwargs))
+            parameters = region.parameters()
+            if not tensors or not any(t.requires_grad for t in (*tensors, *parameters)):
+                return region.forward(*args, **kwargs)
+            coded = activations(tensors, role.widths)
+            verdict = region.verdict(tensors, rebuild, rest)
+            reason = verdict.refused
+            if reason is None and verdict.decides and any(site.lossy(t) for t in coded):
+                reason = "chooses by its inputs, and a coded input could choose otherwise"
+            if reason is not None:
+                self._leave(item, reason)
+                return region.forward(*args, **kwargs)
+            site.begin(0)
+            known = {id(t): site.share(t) for t in coded}
+            site.keep(*(t for t in tensors if id(t) not in known))
+            rerun = Rerun(
+                values=partial(region.values, rebuild),
+                again=region.again(rebuild, Draws.now(tensors), Autocast.of(tensors[0]), verdict.unread),
+                operands=tuple(known.get(id(t)) or Exact().encode(t) for t in tensors),
+                differentiable=verdict.differentiable,
+            )
+            out = checkpoint(rerun, tensors, parameters)
+            for tensor, packed in rerun.outputs:
+                if tensor.requires_grad and tensor.dim() >= 2:
+                    self.index.put(tensor, packed)
+            return out
+
+        self._set(module, "forward", forward)
+
+    def _factors(self, x: Tensor) -> Packed | None:
+        packed = self.index.get(x)
+        return packed if packed is not None and packed.factored else None
+
+    def _leave(self, item: Found, reason: str) -> None:
+        entry = (item.site.name, type(item.module).__name__, reason)
+        if entry not in self.left:
+            self.left.append(entry)
 
     def _patch_attention(self, item: Found, site: RunningSite) -> None:
         _register_attention()
@@ -267,7 +331,7 @@ def _probe_features(item: Found) -> int | None:
         return getattr(item.module, item.role.weight or "").shape[0]
     if isinstance(item.role, GatedRole):
         return (features_of(getattr(item.module, item.role.first)) or (None,))[0]
-    return None if isinstance(item.role, AttentionRole) else 8
+    return 8 if isinstance(item.role, ActivationRole) else None  # attention and regions need more than one tensor
 
 
 def _norm_bytes(x: Tensor, role: NormRole) -> int:
@@ -301,6 +365,7 @@ _PATCHES: dict[type, Callable[[Handle, Found, RunningSite], None]] = {
     GatedRole: Handle._patch_gated,
     AttentionRole: Handle._patch_attention,
     ActivationRole: Handle._patch_activation,
+    RegionRole: Handle._patch_region,
 }
 
 

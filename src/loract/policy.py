@@ -11,8 +11,10 @@ from typing import Literal, get_args
 from loract.codecs import Codec, Exact, LowRank
 from loract.errors import InvalidSpec
 
-Kind = Literal["adapter_input", "norm", "gated", "attention"]
+Kind = Literal["adapter_input", "norm", "gated", "attention", "sublayer", "layer"]
 KINDS: tuple[str, ...] = get_args(Kind)
+REGIONS: tuple[Kind, ...] = ("sublayer", "layer")
+"""Kinds whose site keeps the inputs of a module and runs the module again in backward."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,12 +38,16 @@ class Site:
 
 @dataclass(frozen=True, kw_only=True)
 class Rule:
-    """Sites of `kind` whose name matches the glob and whose layer lies in [first, last] get `codec`."""
+    """Sites of `kind` whose name matches the glob and whose layer lies in [first, last] get `codec`.
+
+    `recomputed`: the rule is for what is packed while a region runs again in backward, and for nothing else.
+    """
 
     kind: Kind
     codec: Codec
     name: str = "*"
     layers: tuple[int, int] | None = None
+    recomputed: bool = False
 
     def __post_init__(self) -> None:
         """Validate.
@@ -69,17 +75,30 @@ class Policy:
 
     def codec(self, site: Site) -> Codec | None:
         """The codec of the first rule that matches."""
-        return next((rule.codec for rule in self.rules if rule.matches(site)), None)
+        return self._first(site, recomputed=False)
+
+    def recompute_codec(self, site: Site) -> Codec | None:
+        """The codec inside a region that runs again. None: a region there, which is then not one of its own.
+
+        Where no rule speaks of recomputed sites they are exact: what is needed at once gains nothing from coding.
+        """
+        return self._first(site, recomputed=True) or (None if site.kind in REGIONS else Exact())
+
+    def _first(self, site: Site, recomputed: bool) -> Codec | None:
+        rules = (rule for rule in self.rules if rule.recomputed is recomputed)
+        return next((rule.codec for rule in rules if rule.matches(site)), None)
 
 
-PRESETS = ("exact", "tensor")
+PRESETS = ("exact", "tensor", "sublayer", "layer")
 
 
 def preset(name: str, *, rank: int | float | None = None, codec: Codec | None = None) -> Policy:
     """A named policy.
 
-    `exact` shares, fuses and drops duplicates without loss. `tensor` codes every adapter input, norm and gate by
-    itself, LoRAct's per-tensor mode, with `codec` (default LowRank(rank=rank), rank 1/8); attention stays exact.
+    `exact` shares, fuses and drops duplicates without loss. The others are LoRAct's three modes, with `codec` (default
+    LowRank(rank=rank), rank 1/8). `tensor` codes every adapter input, norm and gate by itself; attention stays exact.
+    `sublayer` keeps the coded input of each attention and MLP and runs it again in backward; `layer` that of each
+    block. With codec=Exact() those two are an exact checkpointing.
 
     Raises:
         InvalidSpec: an unknown name, a rank out of range, or an option the preset does not take.
@@ -97,7 +116,8 @@ def preset(name: str, *, rank: int | float | None = None, codec: Codec | None = 
             raise InvalidSpec("preset 'exact' with a rank or codec", "neither", 'use preset("tensor", ...)')
         codec = Exact()
     chosen = codec or LowRank(rank=0.125 if rank is None else rank)
-    coded: tuple[Kind, ...] = ("adapter_input", "norm", "gated")
+    regions: dict[str, tuple[Kind, ...]] = {"sublayer": ("sublayer",), "layer": ("layer", "sublayer")}
+    coded: tuple[Kind, ...] = (*regions.get(name, ()), "adapter_input", "norm", "gated")
     rules = tuple(Rule(kind=kind, codec=chosen) for kind in coded)
     return Policy(name=name, rules=(*rules, Rule(kind="attention", codec=Exact())))
 

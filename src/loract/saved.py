@@ -6,6 +6,7 @@ And the saved-tensor-hook tier, for what attention saves twice: masks converted 
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -53,6 +54,21 @@ class Ledger:
 
     def __init__(self) -> None:
         self._seen: Any = WeakIdKeyDictionary()
+        self._thread = threading.local()
+
+    @property
+    def recomputing(self) -> bool:
+        """Whether this thread runs a region again: what it packs meanwhile lives for a moment and does not count."""
+        return getattr(self._thread, "recomputing", False)
+
+    @contextmanager
+    def recompute(self) -> Generator[None]:
+        """For the time of running a region again."""
+        before, self._thread.recomputing = self.recomputing, True
+        try:
+            yield
+        finally:
+            self._thread.recomputing = before
 
     def claim(self, *tensors: Tensor) -> int:
         """Bytes of those storages that were not counted before."""
@@ -62,7 +78,7 @@ class Ledger:
             if storage not in self._seen:
                 self._seen[storage] = True
                 total += storage.nbytes()
-        return total
+        return 0 if self.recomputing else total
 
     def knows(self, tensor: Tensor) -> bool:
         """Whether the storage is already kept by somebody."""
@@ -93,6 +109,8 @@ class RunningSite(Uncopied):
 
     site: Site
     codec: Codec
+    again: Codec | None
+    """Codec inside a region that runs again; None: a region, which there is none of its own."""
     seed: int
     index: Index
     ledger: Ledger
@@ -112,15 +130,20 @@ class RunningSite(Uncopied):
         self.stats.calls += 1
         self.stats.bytes_before, self.stats.bytes_after, self.stats.coded = before, 0, False
 
+    @property
+    def acting(self) -> Codec:
+        """The codec in force on this thread."""
+        return self.again or Exact() if self.ledger.recomputing else self.codec
+
     def lossy(self, x: Tensor) -> bool:
         """Whether the codec would change x (..., n)."""
         features = x.shape[-1]
-        return x.numel() > 0 and self.codec.codes(x.numel() // features, features, x.dtype)
+        return x.numel() > 0 and self.acting.codes(x.numel() // features, features, x.dtype)
 
     def encode(self, x: Tensor) -> Packed:
         """Pack x with this site's codec, drawing from the stream (seed, step, site) and never from the global one."""
         with torch.no_grad():
-            packed = self.codec.encode(x, self._generator(x.device), self.state)
+            packed = self.acting.encode(x, self._generator(x.device), self.state)
         self.stats.coded |= packed.tensors[0] is not x
         if packed.error is not None:
             self.error.write(packed.error)
@@ -130,7 +153,7 @@ class RunningSite(Uncopied):
     def share(self, x: Tensor) -> Packed:
         """What stands for x: kept already by another site, or packed now and offered to the next."""
         if (packed := self.index.get(x)) is not None:
-            self.stats.coded |= not isinstance(self.codec, Exact)
+            self.stats.coded |= not isinstance(self.acting, Exact)
             return packed
         if not self.lossy(x) or self.ledger.knows(x):  # an exact copy that somebody keeps anyway costs nothing
             self.keep(x)

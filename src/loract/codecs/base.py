@@ -33,6 +33,8 @@ class Packed(ABC):
     dtype: torch.dtype
     error: Tensor | None = None
     """Relative Frobenius error ||X - decode()|| / ||X|| estimated a posteriori (0-d, on the device), or None."""
+    factored: bool = False
+    """Whether `linear` costs less than the product with a dense X."""
 
     @property
     @abstractmethod
@@ -73,7 +75,11 @@ class Packed(ABC):
         return Affine(inner=self, vectors=(rows, cols, bias, row_bias), dtype=dtype or self.dtype)
 
     def reserve(self) -> None:  # noqa: B027 (most representations have nothing to do)
-        """Announce one more reader in backward (see `Recomputed`)."""
+        """Announce one more reader in backward, which will call `read` or `contract` once (see `Recomputed`)."""
+
+    def read(self) -> Tensor:
+        """`decode()` for a reader that was announced."""
+        return self.decode()
 
 
 @runtime_checkable
@@ -160,6 +166,11 @@ class Affine(Packed):
         return self.inner.shape
 
     @property
+    def factored(self) -> bool:  # type: ignore[override]
+        """As the representation that it views."""
+        return self.inner.factored
+
+    @property
     def tensors(self) -> tuple[Tensor, ...]:  # noqa: D102
         return (*self.inner.tensors, *(v for v in self.vectors if v is not None))
 
@@ -202,7 +213,10 @@ class Affine(Packed):
     def linear(self, weight: Tensor) -> Tensor:  # noqa: D102
         w = promote(weight)
         rows, cols, bias, row_bias = (self._scaled(i, w) for i in range(4))
-        out = promote(self.inner.linear(w if cols is None else w * cols))
+        out = self.inner.linear(w if cols is None else w * cols)
+        if rows is None and bias is None and row_bias is None:
+            return out.to(self.dtype)
+        out = promote(out)
         if rows is not None:
             out = out * rows[:, None]
         if bias is not None:
@@ -222,15 +236,23 @@ class Memo:
     """
 
     def __init__(self, source: Memo | None = None) -> None:
+        self.readers = 0
+        """Readers announced so far."""
         self._left = 0
         self._value: object | None = None
         self._source = source
+
+    @property
+    def kept(self) -> bool:
+        """Whether another reader is still to come."""
+        return self._value is not None
 
     def reserve(self) -> None:
         """Announce a reader, during forward."""
         if self._left == 0 and self._source is not None:
             self._source.reserve()
         self._left += 1
+        self.readers += 1
 
     def get(self, rebuild: Callable[[], object]) -> object:
         """The value, rebuilt if need be. In a second backward over a retained graph every reader rebuilds."""
@@ -265,9 +287,12 @@ class Recomputed(Packed):
             return self.function(*self.inputs).reshape(self.shape)
 
     def contract(self, g: Tensor) -> Tensor:  # noqa: D102
+        return contract_dense(g, self.read())
+
+    def read(self) -> Tensor:  # noqa: D102
         x = self.memo.get(self.decode)
         assert isinstance(x, Tensor)
-        return contract_dense(g, x)
+        return x
 
     def reserve(self) -> None:  # noqa: D102
         self.memo.reserve()

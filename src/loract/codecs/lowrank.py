@@ -104,6 +104,8 @@ class LowRank:
 class LowRankPacked(Stored):
     """C (N, k) and P (n, k); gradients are contracted in factor space."""
 
+    factored = True
+
     def decode(self) -> Tensor:
         """C P^T (N, n)."""
         coefficients, basis = self.kept

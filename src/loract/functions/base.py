@@ -11,7 +11,7 @@ from torch import Tensor
 
 from loract.codecs.base import Packed, bind_all, unbound
 
-Forward = Callable[..., Tensor]
+Forward = Callable[..., Any]
 """A module's own forward: functions obtain their output by running it, so that values never change."""
 
 
@@ -45,9 +45,9 @@ class Autocast:
     def wrap(self, function: Forward) -> Forward:
         """`function`, run in this state."""
 
-        def restored(*args: Tensor) -> Tensor:
+        def restored(*args: Any, **kwargs: Any) -> Any:
             with torch.autocast(self.device_type, dtype=self.dtype, enabled=self.enabled):
-                return function(*args)
+                return function(*args, **kwargs)
 
         return restored
 

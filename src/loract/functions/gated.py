@@ -47,10 +47,10 @@ class _Rebuilt:
         return self.memo.get(lambda: self._rebuild(operands))  # type: ignore[return-value]
 
     def _rebuild(self, operands: Sequence[Packed]) -> tuple[Tensor, Tensor, Tensor | None]:
-        gate = operands[0].decode().detach().reshape(self.shape).requires_grad_()
+        gate = operands[0].read().detach().reshape(self.shape).requires_grad_()
         with torch.enable_grad():
             active = self.activation(gate)
-        return gate, active, operands[1].decode().reshape(self.shape) if len(operands) > 1 else None
+        return gate, active, operands[1].read().reshape(self.shape) if len(operands) > 1 else None
 
     def product(self, *operands: Packed) -> Tensor:
         """The output."""
@@ -64,6 +64,8 @@ class _Gated(Function):
         active = call.activation(gate)
         out = active if up is None else active * up
         operands = (call.gate,) if call.up is None else (call.gate, call.up)
+        for packed in operands:
+            packed.reserve()
         activation = Autocast.of(gate).wrap(call.activation)
         # Not ctx itself: the output's representation would tie the graph to itself and keep both alive.
         ctx.rebuilt = rebuilt = _Rebuilt(activation=activation, shape=gate.shape, memo=Memo())

@@ -1,0 +1,139 @@
+"""Which modules are regions: the blocks of a model, and the attention and MLP sublayers inside each. By structure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from loract.policy import Kind, Site
+from loract.recognize import ActivationRole, Found, Recognised, features_of, find_attention
+
+
+@dataclass(frozen=True, kw_only=True)
+class RegionRole:
+    """A module that keeps its inputs and runs again."""
+
+    linears: tuple[Any, ...]
+    """The linear maps inside, without those of the adapters."""
+    widths: frozenset[int]
+    """Sizes of the weights inside: an input of another width is no activation (a mask, rotary angles)."""
+
+
+def find_regions(model: nn.Module, recognised: Recognised) -> list[Found]:
+    """Sites of kind `layer` and `sublayer`, in module order."""
+    names = {id(module): name for name, module in model.named_modules()}
+    roles = {id(found.module): found.role for found in recognised.sites}
+    found: dict[tuple[Kind, int], Found] = {}
+
+    def add(kind: Kind, module: nn.Module) -> None:
+        site = Site(kind=kind, name=names[id(module)])
+        found.setdefault((kind, id(module)), Found(site=site, module=module, role=_role(module)))
+
+    for block in _blocks(model):
+        add("layer", block)
+        for module in _sublayers(block, roles):
+            add("sublayer", module)
+    return list(found.values())
+
+
+def _blocks(model: nn.Module) -> list[nn.Module]:
+    """The repeated blocks of the model.
+
+    transformers' own sign is the base class of everything that it can checkpoint, torch has its layer classes; a
+    hand-written model has a list of modules of one class with linear maps and norms.
+    """
+    declared = [m for m in model.modules() if _declared(m)]
+    if declared:
+        return [m for m in declared if not any(_declared(inner) for inner in m.modules() if inner is not m)]
+    blocks: list[nn.Module] = []
+    inside: set[int] = set()
+    for module in model.modules():
+        if id(module) in inside or not isinstance(module, nn.ModuleList) or len(module) == 0:
+            continue
+        if len({type(m) for m in module}) == 1 and all(_has_norm(m) and len(_linears(m)) >= 2 for m in module):
+            blocks += list(module)
+            inside |= {id(inner) for inner in module.modules()}
+    return blocks
+
+
+def _declared(module: nn.Module) -> bool:
+    bases = {base.__name__ for base in type(module).__mro__}
+    return bool(bases & {"GradientCheckpointingLayer", "TransformerEncoderLayer", "TransformerDecoderLayer"})
+
+
+def _sublayers(parent: nn.Module, roles: dict[int, Any]) -> Iterator[nn.Module]:
+    """Modules inside `parent` that hold weights and no norm of the residual stream.
+
+    A norm would need the value of the projection before it, which is not computed a second time. Attention calls
+    its norms inside, on heads. Of a mixture of experts the experts are a region and the router is not: which experts
+    a token goes to must not be decided twice. A lone linear map is one only if an activation reads it, which then
+    needs not keep the wide tensor between them.
+    """
+    children = [m for m in parent.children() if _heavy(m)]
+    activated = any(isinstance(roles.get(id(m)), ActivationRole) for m in parent.children())
+    for child in children:
+        if find_attention(child) is not None or isinstance(child, nn.MultiheadAttention):
+            yield child
+        elif features_of(child) is not None:
+            if activated:
+                yield child
+        elif isinstance(child, (nn.ModuleList, nn.ModuleDict)) or _has_stream_norm(child) or _mixes(child):
+            yield from _sublayers(child, roles)
+        elif _experts(child) or _linears(child):
+            yield child
+
+
+def _heavy(module: nn.Module) -> bool:
+    return any(p.dim() >= 2 for p in module.parameters())
+
+
+def _linears(module: nn.Module) -> tuple[Any, ...]:
+    """Linear maps in a module, an adapted one as its base."""
+    return tuple(
+        m
+        for name, m in module.named_modules()
+        if features_of(m) is not None and not hasattr(m, "base_layer") and "lora_" not in name
+    )
+
+
+def _norms(module: nn.Module) -> Iterator[nn.Module]:
+    for m in module.modules():
+        own = list(m.parameters(recurse=False))
+        if own and all(p.dim() == 1 for p in own) and "norm" in type(m).__name__.lower():
+            yield m
+
+
+def _has_norm(module: nn.Module) -> bool:
+    return next(_norms(module), None) is not None
+
+
+def _has_stream_norm(module: nn.Module) -> bool:
+    """Whether it holds a norm of the width that its first linear map reads."""
+    widths = [features_of(m) for m in _linears(module)]
+    width = next((w[0] for w in widths if w is not None), None)
+    return any(p.shape[0] == width for m in _norms(module) for p in m.parameters(recurse=False))
+
+
+def _experts(module: nn.Module) -> bool:
+    """Experts as stacked weights (experts, out, in)."""
+    convolution = isinstance(module, nn.modules.conv._ConvNd)
+    return not convolution and any(p.dim() == 3 for p in module.parameters(recurse=False))
+
+
+def _mixes(module: nn.Module) -> bool:
+    """A mixture of experts: stacked experts one level down, or a list of equal modules with linear maps."""
+    for child in module.children():
+        listed = isinstance(child, nn.ModuleList) and len(child) > 1
+        if _experts(child) or (listed and all(len(_linears(m)) >= 2 for m in child)):
+            return True
+    return False
+
+
+def _role(module: nn.Module) -> RegionRole:
+    sizes = {size for p in module.parameters() if p.dim() >= 2 for size in p.shape}
+    for m in _linears(module):  # a quantised weight has a shape of its own
+        sizes |= set(features_of(m) or ())
+    return RegionRole(linears=_linears(module), widths=frozenset(sizes))

@@ -1,0 +1,123 @@
+"""A region of the model that keeps its packed inputs alone and runs again in backward.
+
+Trainable parameters are inputs of the Function, so that distributed wrappers, accumulation and users' hooks see one
+ordinary gradient each; the second run reads detached aliases of them, whose gradients autograd.grad returns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from loract.codecs.base import Memo, Packed, Recomputed, tokens_features
+from loract.codecs.exact import ExactPacked
+from loract.functions.base import load, save
+
+Leaves = Sequence[Tensor]
+
+
+@dataclass(kw_only=True, eq=False)
+class Rerun:
+    """One call of a region: how to run it, its packed inputs, and afterwards what stands for each output.
+
+    `values(tensors)` runs the module as it is: the tensors that it returns, and how to put others in their places.
+    `again(inputs, packed, unread)` runs it with a graph from leaves, given
+    what is packed for each, and returns its outputs and the aliases of the trainable parameters; with `unread` it
+    may leave out values that no gradient depends on, the outputs' among them.
+    """
+
+    values: Callable[[Leaves], tuple[list[Tensor], Callable[[Leaves], Any]]]
+    again: Callable[[Leaves, Sequence[Packed], bool], tuple[list[Tensor], list[Tensor]]]
+    operands: tuple[Packed, ...]
+    differentiable: tuple[bool, ...]
+    """Which outputs have a gradient."""
+    remake: Callable[[Leaves], Any] | None = None
+    outputs: list[tuple[Tensor, Packed]] = field(default_factory=lambda: list[tuple[Tensor, Packed]]())
+
+
+def checkpoint(rerun: Rerun, tensors: Leaves, parameters: Leaves) -> Any:
+    """What the module returns for `tensors`; `rerun.outputs` then pairs its tensors with what stands for them."""
+    out: Any = _Checkpoint.apply(rerun, len(tensors), *tensors, *parameters)
+    assert rerun.remake is not None
+    rerun.outputs = [(t, packed) for t, (_, packed) in zip(out, rerun.outputs, strict=True)]
+    return rerun.remake(out)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Graph:
+    """The region with its graph, rebuilt once for its own gradient and for the readers of its outputs."""
+
+    again: Callable[[Leaves, Sequence[Packed], bool], tuple[list[Tensor], list[Tensor]]]
+    like: tuple[tuple[torch.Size, bool], ...]
+    """Shape of each input, and whether it requires a gradient."""
+    memo: Memo
+
+    def get(self, operands: Sequence[Packed]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """Inputs (leaves), outputs, and aliases of the trainable parameters."""
+        return self.memo.get(lambda: self._rebuild(operands))  # type: ignore[return-value]
+
+    def _rebuild(self, operands: Sequence[Packed]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        inputs = [
+            _dense(p, shape).detach().requires_grad_(grad)
+            for p, (shape, grad) in zip(operands, self.like, strict=True)
+        ]
+        outputs, aliases = self.again(inputs, operands, self.memo.readers <= 1)
+        return inputs, outputs, aliases
+
+    def value(self, index: int) -> Callable[..., Tensor]:
+        """The function of the operands that gives output `index`."""
+        return lambda *operands: self.get(operands)[1][index].detach()
+
+
+class _Checkpoint(Function):
+    @staticmethod
+    def forward(ctx: Any, rerun: Rerun, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        inputs = tensors[:count]
+        outputs, rerun.remake = rerun.values(inputs)
+        like = tuple((t.shape, t.requires_grad) for t in inputs)
+        ctx.graph = graph = _Graph(again=rerun.again, like=like, memo=Memo())
+        graph.memo.reserve()
+        for packed in rerun.operands:
+            packed.reserve()
+        for i, out in enumerate(outputs):
+            shape, memo = tokens_features(out), Memo(graph.memo)
+            packed = Recomputed(
+                inputs=rerun.operands, function=graph.value(i), shape=shape, dtype=out.dtype, memo=memo
+            )
+            rerun.outputs.append((out, packed))
+        save(ctx, rerun.operands)
+        ctx.mark_non_differentiable(
+            *(out for out, grad in zip(outputs, rerun.differentiable, strict=True) if not grad)
+        )
+        return tuple(outputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride] (the decorator hides the names)
+        ctx: Any, *grads: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        operands, _ = load(ctx)
+        inputs, outputs, aliases = ctx.graph.get(operands)
+        pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None and o.requires_grad]
+        leaves = [*inputs, *aliases]
+        wanted = [leaf for leaf in leaves if leaf.requires_grad]
+        found: dict[int, Tensor | None] = {}
+        if pairs:
+            reached, upstream = zip(*pairs, strict=True)
+            gradients = torch.autograd.grad(
+                reached, wanted, upstream, allow_unused=True, retain_graph=ctx.graph.memo.kept
+            )
+            found = {id(leaf): g for leaf, g in zip(wanted, gradients, strict=True)}
+        return None, None, *(found.get(id(leaf)) for leaf in leaves)
+
+
+def _dense(packed: Packed, shape: torch.Size) -> Tensor:
+    # An exact tensor keeps its layout: flattening an expanded mask would write it out.
+    return packed.kept[0] if isinstance(packed, ExactPacked) else packed.read().reshape(shape)

@@ -1,0 +1,93 @@
+"""A linear map inside a region that runs again: its gradient is the map's own, its value is supplied.
+
+From factors X ~ C P^T the value is C (W P)^T, for k/n of the multiplications. Where nothing reads the value (the last
+projection of a sublayer: the gradient of a linear map does not depend on what the map returned) it is not computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from loract.codecs.base import Packed
+from loract.functions.base import load, no_autocast, save
+from loract.linalg import promote
+
+
+def dense_weight(module: Any) -> Tensor | None:
+    """W (m, n) of the map x W^T + b that `module` computes; None where that is not known for certain."""
+    for known in type(module).__mro__[:1]:
+        if (read := _WEIGHTS.get(known.__name__)) is not None:
+            return read(module)
+    return None
+
+
+def _four_bit(module: Any) -> Tensor | None:
+    from bitsandbytes.functional import dequantize_4bit
+
+    weight = module.weight
+    if getattr(weight, "quant_state", None) is None:
+        return None
+    dtype = module.compute_dtype if module.compute_dtype is not None else weight.quant_state.dtype
+    return dequantize_4bit(weight.data, weight.quant_state).to(dtype)
+
+
+_WEIGHTS: dict[str, Callable[[Any], Tensor | None]] = {
+    "Linear": lambda module: module.weight if type(module) is nn.Linear else None,
+    "Conv1D": lambda module: module.weight.T,
+    "Linear4bit": _four_bit,
+}
+"""By the class's name, so that no optional package is imported. A subclass may compute anything, so it is not listed."""
+
+
+def supplied_linear(x: Tensor, weight: Tensor, bias: Tensor | None, packed: Packed | None, *, read: bool) -> Tensor:
+    """A tensor (..., m) in the place of x W^T + b, for x (..., n), W (m, n), with that map's gradient.
+
+    `packed` represents x: the value is computed from it where `read`, and so is W's gradient where W trains.
+    Unread, the value is NaN, so that a reader that should not exist is loud.
+    """
+    return _Supplied.apply(x, weight, bias, packed, read)  # type: ignore[no-any-return]
+
+
+class _Supplied(Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, packed: Packed | None, read: bool
+    ) -> Tensor:
+        kind = x.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+        shape = (*x.shape[:-1], weight.shape[0])
+        if read:
+            assert packed is not None
+            with no_autocast(x):
+                value = packed.linear(weight).to(dtype).reshape(shape)
+                if bias is not None:
+                    value += bias
+        else:
+            value = torch.full(shape, torch.nan, dtype=dtype, device=x.device)
+        save(ctx, () if packed is None else (packed,), weight)
+        ctx.dtypes = (x.dtype, None if bias is None else bias.dtype)
+        return value
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride] (the decorator hides the names)
+        ctx: Any, grad: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        packed, (weight,) = load(ctx)
+        assert weight is not None
+        x_dtype, bias_dtype = ctx.dtypes
+        grad_x = grad_weight = grad_bias = None
+        with no_autocast(grad):
+            if ctx.needs_input_grad[0]:
+                grad_x = (grad.to(weight.dtype) @ weight).to(x_dtype)
+            if ctx.needs_input_grad[1]:
+                grad_weight = packed[0].contract(grad.reshape(-1, grad.shape[-1])).to(weight.dtype)
+            if ctx.needs_input_grad[2]:
+                grad_bias = promote(grad).reshape(-1, grad.shape[-1]).sum(0).to(bias_dtype)
+        return grad_x, grad_weight, grad_bias, None, None
