@@ -238,21 +238,13 @@ class Handle(Uncopied):
             return active if up is None else active * up
         size = gate.numel() * gate.element_size()
         site.begin(size if up is None else 3 * size)
-        call = GatedCall(activation=activation, gate=self._operand(gate, site), up=None)
+        call = GatedCall(activation=activation, gate=site.share(gate), up=None)
         if up is not None:
-            call.up = self._operand(up, site)
+            call.up = site.share(up)
         out = gated(gate, up, call)
         assert call.output is not None
         self.index.put(out, call.output)
         return out
-
-    def _operand(self, x: Tensor, site: RunningSite) -> Packed:
-        if (known := self.index.get(x)) is not None:
-            return known
-        if site.lossy(x):
-            return site.encode(x)
-        site.keep(x)
-        return Exact().encode(x)
 
     def _patch_region(self, item: Found, site: RunningSite) -> None:
         module, role = item.module, item.role
@@ -286,7 +278,7 @@ class Handle(Uncopied):
                 differentiable=verdict.differentiable,
             )
             out = checkpoint(rerun, tensors, parameters)
-            for tensor, packed in rerun.outputs:
+            for tensor, packed in rerun.outputs if item.site.kind == "sublayer" else ():
                 if tensor.requires_grad and tensor.dim() >= 2:
                     self.index.put(tensor, packed)
             return out

@@ -111,10 +111,9 @@ def _has_norm(module: nn.Module) -> bool:
 
 
 def _has_stream_norm(module: nn.Module) -> bool:
-    """Whether it holds a norm of the width that its first linear map reads."""
-    widths = [features_of(m) for m in _linears(module)]
-    width = next((w[0] for w in widths if w is not None), None)
-    return any(p.shape[0] == width for m in _norms(module) for p in m.parameters(recurse=False))
+    """Whether it holds a norm of a width that a linear map inside reads or returns."""
+    widths = {width for m in _linears(module) for width in features_of(m) or ()}
+    return any(p.shape[0] in widths for m in _norms(module) for p in m.parameters(recurse=False))
 
 
 def _experts(module: nn.Module) -> bool:

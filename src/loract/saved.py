@@ -22,6 +22,11 @@ from loract.errors import Uncopied
 from loract.policy import Site
 
 
+DEPTH = 3
+"""Steps of recomputation allowed behind a shared tensor: norm, linear map, activation. Without a limit a chain of regions
+would keep its first input alone and run everything before a region again for each of them."""
+
+
 class Index:
     """Packed tensors by the tensor object they stand for.
 
@@ -152,7 +157,7 @@ class RunningSite(Uncopied):
 
     def share(self, x: Tensor) -> Packed:
         """What stands for x: kept already by another site, or packed now and offered to the next."""
-        if (packed := self.index.get(x)) is not None:
+        if (packed := self.index.get(x)) is not None and packed.depth <= DEPTH:
             self.stats.coded |= not isinstance(self.acting, Exact)
             return packed
         if not self.lossy(x) or self.ledger.knows(x):  # an exact copy that somebody keeps anyway costs nothing
@@ -190,6 +195,7 @@ def attention_hooks(site: RunningSite, key: Tensor, value: Tensor, mask: Tensor 
 
     def pack(saved: Tensor) -> Any:
         nonlocal kept, before
+        saved = saved.detach()  # kept with its graph, the output would keep itself alive
         if not saved.is_floating_point() or saved.dim() != 4:
             kept += site.ledger.claim(saved)
             return saved

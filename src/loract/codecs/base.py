@@ -35,6 +35,8 @@ class Packed(ABC):
     """Relative Frobenius error ||X - decode()|| / ||X|| estimated a posteriori (0-d, on the device), or None."""
     factored: bool = False
     """Whether `linear` costs less than the product with a dense X."""
+    depth: int = 0
+    """How many steps of recomputation lie between what is kept and X."""
 
     @property
     @abstractmethod
@@ -274,6 +276,11 @@ class Recomputed(Packed):
     shape: tuple[int, int]
     dtype: torch.dtype
     memo: Memo = field(default_factory=Memo)
+
+    @property
+    def depth(self) -> int:  # type: ignore[override]
+        """One more than that of the deepest input."""
+        return 1 + max(packed.depth for packed in self.inputs)
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:  # noqa: D102
