@@ -35,6 +35,7 @@ from loract.recognize import (
     recognize,
 )
 from loract.region import Draws, Region, activations, arguments, without_empty_cache
+from loract.residual import Residual
 from loract.saved import Index, Ledger, RunningSite, SiteStats, attention_hooks
 
 ATTENTION = "loract_sdpa"
@@ -59,7 +60,7 @@ class Handle(Uncopied):
     def __init__(self, model: nn.Module, policy: Policy, seed: int) -> None:
         """Recognise and patch; on any failure the model is left as it was."""
         self.model, self.policy, self.seed = model, policy, seed
-        self.index, self.ledger = Index(), Ledger()
+        self.index, self.ledger, self.residual = Index(), Ledger(), Residual()
         self.sites: list[RunningSite] = []
         self.left: list[tuple[str, str, str]] = []
         self._undo: list[Callable[[], None]] = []
@@ -198,15 +199,22 @@ class Handle(Uncopied):
                 return original(x)
             site.begin(_norm_bytes(x, role))
             lossy = site.lossy(x)
-            call = NormCall(role=role, forward=original, lossy=lossy, encode=site.encode)
+            encode = site.encode if lossy else partial(self._norm_input, site)
+            call = NormCall(role=role, forward=original, lossy=lossy, encode=encode)
             y = norm(x, weight, bias, call)
-            if not lossy:
-                site.keep(x)
             if call.output is not None:
                 self.index.put(y, call.output)
             return y
 
         self._set(module, "forward", forward)
+
+    def _norm_input(self, site: RunningSite, x: Tensor) -> Packed:
+        """X itself, or the sum that it is."""
+        if not self.ledger.recomputing and (packed := self.residual.sum(x)) is not None and site.proves(packed, x):
+            return packed
+        self.residual.keep(x)
+        site.keep(x)
+        return Exact().encode(x)
 
     def _patch_gated(self, item: Found, site: RunningSite) -> None:
         module, role = item.module, item.role

@@ -17,8 +17,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from loract.codecs.base import Packed, Recomputed, tokens_features
-from loract.codecs.exact import Exact
+from loract.codecs.base import Memo, Packed, Recomputed, tokens_features, unbound
 from loract.functions.base import Autocast, Forward, load, no_autocast, save
 from loract.linalg import promote, row_chunks, row_energies
 
@@ -60,7 +59,8 @@ def metric(scale: Tensor | None) -> Tensor | None:
 
 @dataclass(kw_only=True)
 class NormCall:
-    """One call of a norm: how to run it, how to pack, and afterwards what stands for its output."""
+    """One call of a norm: how to run it, how to pack (s * xhat if lossy, else x), and afterwards what stands for its
+    output."""
 
     role: NormRole
     forward: Forward
@@ -72,6 +72,12 @@ class NormCall:
 def norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, call: NormCall) -> Tensor:
     """Y = call.forward(x) for x (..., n); `call.output` then represents y for the products that read it."""
     return _Norm.apply(x, weight, bias, call)  # type: ignore[no-any-return]
+
+
+def represented(node: Any) -> Packed | None:
+    """What stands for the output of the exact norm whose node in the graph this is; None for any other node."""
+    output: Packed | None = getattr(node, "loract_output", None)
+    return None if output is None else output.bind(node.saved_tensors[node.others :])
 
 
 class _Norm(Function):
@@ -98,10 +104,18 @@ class _Norm(Function):
                 call.output = packed.affine(cols=cols, bias=shift, dtype=y.dtype)
                 packed = packed.affine(cols=inverse, dtype=promote(x[:0]).dtype)
         else:
-            packed = Exact().encode(x)
+            packed = call.encode(x)
             again = Autocast.of(x).wrap(call.forward)
-            shaped = _reshaped(again, x.shape)
-            call.output = Recomputed(inputs=(packed,), function=shaped, shape=tokens_features(x), dtype=y.dtype)
+            memo = Memo(packed.memo if isinstance(packed, Recomputed) else None)
+            call.output = Recomputed(
+                inputs=(packed,),
+                function=_reshaped(again, x.shape),
+                shape=tokens_features(x),
+                dtype=y.dtype,
+                memo=memo,
+            )
+            ctx.loract_output = unbound(call.output)
+        packed.reserve()
         save(ctx, (packed,), weight, rstd)
         return y
 
@@ -114,7 +128,7 @@ class _Norm(Function):
         role, (shape, dtype) = ctx.role, ctx.like
         with no_autocast(grad):
             grad = grad.reshape(-1, shape[-1])
-            kept, scale = packed.decode(), role.scale(weight)
+            kept, scale = packed.read(), role.scale(weight)
             out = torch.empty(kept.shape, dtype=dtype, device=kept.device)
             grad_weight = torch.zeros_like(scale) if scale is not None and ctx.needs_input_grad[1] else None
             for part in row_chunks(kept):  # the fp32 temporaries of some ten elementwise passes stay in cache
@@ -138,4 +152,4 @@ class _Norm(Function):
 
 
 def _reshaped(forward: Forward, shape: torch.Size) -> Callable[[Packed], Tensor]:
-    return lambda packed: forward(packed.decode().reshape(shape))
+    return lambda packed: forward(packed.read().reshape(shape))
