@@ -241,7 +241,8 @@ class Handle(Uncopied):
     def _gated(
         self, gate: Tensor, up: Tensor | None, activation: Callable[[Tensor], Tensor], site: RunningSite
     ) -> Tensor:
-        if not (gate.requires_grad or (up is not None and up.requires_grad)):
+        trains = gate.requires_grad or (up is not None and up.requires_grad)
+        if not trains or (self.ledger.recomputing and not site.lossy(gate)):  # what is needed at once is not rebuilt
             active = activation(gate)
             return active if up is None else active * up
         size = gate.numel() * gate.element_size()
@@ -284,6 +285,7 @@ class Handle(Uncopied):
                 again=region.again(rebuild, Draws.now(tensors), Autocast.of(tensors[0]), verdict.unread),
                 operands=tuple(known.get(id(t)) or Exact().encode(t) for t in tensors),
                 differentiable=verdict.differentiable,
+                by_token=verdict.by_token,
             )
             out = checkpoint(rerun, tensors, parameters)
             for tensor, packed in rerun.outputs if item.site.kind == "sublayer" else ():
@@ -351,7 +353,7 @@ def _register_attention() -> None:
 
     def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kw: Any) -> Any:
         site = getattr(module, "_loract_site", None)
-        if site is None or not torch.is_grad_enabled() or not query.requires_grad:
+        if site is None or not torch.is_grad_enabled() or not query.requires_grad or site.ledger.recomputing:
             return inner(module, query, key, value, mask, **kw)
         with attention_hooks(site, key, value, mask):
             return inner(module, query, key, value, mask, **kw)

@@ -39,6 +39,8 @@ class Verdict:
     """Linear maps whose value no gradient reads, by id."""
     differentiable: tuple[bool, ...] = ()
     """Which outputs have a gradient."""
+    by_token: bool = False
+    """Whether every token is treated by itself and nothing is drawn."""
 
 
 class Region:
@@ -155,6 +157,7 @@ class Region:
         with draws.replayed(), torch.no_grad():
             args, kwargs = rebuild(tensors)
             first = self.forward(*args, **kwargs)
+            drew = draws.moved()
         if [t._version for t in (*buffers, *tensors)] != versions:
             for buffer, value in zip(buffers, kept, strict=True):
                 buffer.data.copy_(value)
@@ -174,7 +177,27 @@ class Region:
             return Verdict(refused="reads trainable tensors that are neither its arguments nor its parameters")
         unread = frozenset(id(m) for m in self.linears) & watch.unread
         return Verdict(
-            decides=watch.decides, unread=unread, differentiable=tuple(out.requires_grad for out in outputs)
+            decides=watch.decides,
+            unread=unread,
+            differentiable=tuple(out.requires_grad for out in outputs),
+            by_token=not drew and self._by_token(tensors, rebuild, expected),
+        )
+
+    def _by_token(self, tensors: Sequence[Tensor], rebuild: Rebuild, expected: Sequence[Tensor]) -> bool:
+        """Whether every other token, run alone, gives that half of the output. (A half in a row may be whole samples.)"""
+        if len(tensors) != 1 or len(expected) != 1 or tensors[0].dim() != 3:
+            return False
+        x, y = tensors[0], expected[0]
+        if y.shape[:-1] != x.shape[:-1] or x.shape[:-1].numel() < 2:
+            return False
+        with torch.no_grad():
+            args, kwargs = rebuild([x.reshape(-1, x.shape[-1])[None, 1::2]])
+            part = flatten(self.forward(*args, **kwargs))[0][0]
+        whole = y.reshape(-1, y.shape[-1])[1::2]
+        # Products of other shapes round otherwise.
+        tolerance = torch.finfo(y.dtype).eps ** 0.75
+        return part.numel() == whole.numel() and bool(
+            (part.reshape(whole.shape) - whole).float().norm() <= tolerance * whole.float().norm()
         )
 
     def _state(self) -> tuple[object, ...]:
@@ -304,6 +327,12 @@ class Draws:
         """The state now."""
         devices = {t.device for t in tensors if t.is_cuda}
         return cls(cpu=torch.get_rng_state(), devices=tuple((d, torch.cuda.get_rng_state(d)) for d in devices))
+
+    def moved(self) -> bool:
+        """Whether something was drawn since."""
+        now = [torch.get_rng_state(), *(torch.cuda.get_rng_state(d) for d, _ in self.devices)]
+        then = [self.cpu, *(state for _, state in self.devices)]
+        return not all(map(torch.equal, now, then))
 
     @contextmanager
     def replayed(self) -> Generator[None]:

@@ -64,6 +64,10 @@ class Packed(ABC):
         """X W^T for W (m, n): (N, m) in `dtype`."""
         return self.decode() @ weight.to(self.dtype).T
 
+    def rows(self, part: slice) -> Packed:
+        """Some of the rows of a factored X: cheap, and itself factored."""
+        raise NotImplementedError
+
     def affine(
         self,
         *,
@@ -182,6 +186,11 @@ class Affine(Packed):
         rest = iter(tensors[split:])
         bound = tuple(None if v is None else (_UNBOUND if (t := next(rest)) is None else t) for v in self.vectors)
         return replace(self, inner=self.inner.bind(tensors[:split]), vectors=bound)
+
+    def rows(self, part: slice) -> Packed:  # noqa: D102
+        rows, cols, bias, row_bias = self.vectors
+        vectors = (None if rows is None else rows[part], cols, bias, None if row_bias is None else row_bias[part])
+        return replace(self, inner=self.inner.rows(part), vectors=vectors)
 
     def _scaled(self, index: int, g: Tensor) -> Tensor | None:
         vector = self.vectors[index]

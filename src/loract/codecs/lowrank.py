@@ -121,3 +121,9 @@ class LowRankPacked(Stored):
         """C (W P)^T."""
         coefficients, basis = self.kept
         return coefficients @ (weight.to(basis.dtype) @ basis).T
+
+    def rows(self, part: slice) -> Packed:
+        """C[part] and P."""
+        coefficients, basis = self.kept
+        part_kept = coefficients[part]
+        return LowRankPacked(kept=(part_kept, basis), shape=(len(part_kept), self.shape[1]), dtype=self.dtype)

@@ -20,6 +20,8 @@ from loract.codecs.exact import ExactPacked
 from loract.functions.base import load, save
 
 Leaves = Sequence[Tensor]
+TOKENS = 1024
+"""Tokens taken at a time where a region acts on each by itself: enough for efficient products."""
 
 
 @dataclass(kw_only=True, eq=False)
@@ -37,6 +39,8 @@ class Rerun:
     operands: tuple[Packed, ...]
     differentiable: tuple[bool, ...]
     """Which outputs have a gradient."""
+    by_token: bool
+    """Whether the module acts on every token by itself: backward may then take some at a time."""
     remake: Callable[[Leaves], Any] | None = None
     outputs: list[tuple[Tensor, Packed]] = field(default_factory=lambda: list[tuple[Tensor, Packed]]())
 
@@ -56,6 +60,7 @@ class _Graph:
     again: Callable[[Leaves, Sequence[Packed], bool], tuple[list[Tensor], list[Tensor]]]
     like: tuple[tuple[torch.Size, bool], ...]
     """Shape of each input, and whether it requires a gradient."""
+    by_token: bool
     memo: Memo
 
     def get(self, operands: Sequence[Packed]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
@@ -67,8 +72,41 @@ class _Graph:
             _dense(p, shape).detach().requires_grad_(grad)
             for p, (shape, grad) in zip(operands, self.like, strict=True)
         ]
-        outputs, aliases = self.again(inputs, operands, self.memo.readers <= 1)
+        outputs, aliases = self.again(inputs, operands, not self.read)
         return inputs, outputs, aliases
+
+    @property
+    def read(self) -> bool:
+        """Whether somebody else reads an output."""
+        return self.memo.readers > 1
+
+    def gradients(self, operands: Sequence[Packed], grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """Gradients of the inputs and of the trainable parameters."""
+        if self.by_token and not self.read and grads[0] is not None:
+            return self._by_token(operands[0], grads[0])
+        inputs, outputs, aliases = self.get(operands)
+        return _gradients(outputs, grads, [*inputs, *aliases], retain=self.memo.kept)
+
+    def _by_token(self, packed: Packed, grad: Tensor) -> list[Tensor | None]:
+        """The same for one input, some tokens at a time: the wide tensors inside never exist as a whole."""
+        shape, wanted = self.like[0]
+        grad = grad.reshape(-1, grad.shape[-1])
+        dense = None if packed.factored else packed.read()
+        out: Tensor | None = None
+        sums: list[Tensor | None] = []
+        for start in range(0, len(grad), TOKENS):
+            part = slice(start, start + TOKENS)
+            rows = packed.rows(part) if dense is None else packed
+            leaf = (rows.decode() if dense is None else dense[part])[None].detach().requires_grad_(wanted)
+            outputs, aliases = self.again([leaf], [rows], True)
+            upstream = grad[part].reshape(outputs[0].shape)
+            grad_leaf, *others = _gradients(outputs, [upstream], [leaf, *aliases], retain=False)
+            del outputs  # with its graph, before the next part is run
+            if grad_leaf is not None:
+                out = grad_leaf.new_empty(len(grad), shape[-1]) if out is None else out
+                out[part] = grad_leaf[0]
+            sums = others if start == 0 else [_sum(a, b) for a, b in zip(sums, others, strict=True)]
+        return [None if out is None else out.reshape(shape), *sums]
 
     def value(self, index: int) -> Callable[..., Tensor]:
         """The function of the operands that gives output `index`."""
@@ -82,7 +120,7 @@ class _Checkpoint(Function):
         inputs = tensors[:count]
         outputs, rerun.remake = rerun.values(inputs)
         like = tuple((t.shape, t.requires_grad) for t in inputs)
-        ctx.graph = graph = _Graph(again=rerun.again, like=like, memo=Memo())
+        ctx.graph = graph = _Graph(again=rerun.again, like=like, by_token=rerun.by_token, memo=Memo())
         graph.memo.reserve()
         for packed in rerun.operands:
             packed.reserve()
@@ -104,18 +142,23 @@ class _Checkpoint(Function):
         ctx: Any, *grads: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         operands, _ = load(ctx)
-        inputs, outputs, aliases = ctx.graph.get(operands)
-        pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None and o.requires_grad]
-        leaves = [*inputs, *aliases]
-        wanted = [leaf for leaf in leaves if leaf.requires_grad]
-        found: dict[int, Tensor | None] = {}
-        if pairs:
-            reached, upstream = zip(*pairs, strict=True)
-            gradients = torch.autograd.grad(
-                reached, wanted, upstream, allow_unused=True, retain_graph=ctx.graph.memo.kept
-            )
-            found = {id(leaf): g for leaf, g in zip(wanted, gradients, strict=True)}
-        return None, None, *(found.get(id(leaf)) for leaf in leaves)
+        return None, None, *ctx.graph.gradients(operands, grads)
+
+
+def _gradients(
+    outputs: Leaves, grads: Sequence[Tensor | None], leaves: Leaves, *, retain: bool
+) -> list[Tensor | None]:
+    pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None and o.requires_grad]
+    wanted = [leaf for leaf in leaves if leaf.requires_grad]
+    if not pairs:
+        return [None] * len(leaves)
+    reached, upstream = zip(*pairs, strict=True)
+    found = iter(torch.autograd.grad(reached, wanted, upstream, allow_unused=True, retain_graph=retain))
+    return [next(found) if leaf.requires_grad else None for leaf in leaves]
+
+
+def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return b if a is None else a if b is None else a.add_(b)
 
 
 def _dense(packed: Packed, shape: torch.Size) -> Tensor:
