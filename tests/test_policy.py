@@ -4,7 +4,7 @@ import pytest
 
 from loract.codecs import Exact, LowRank, Quantized
 from loract.errors import InvalidSpec, LoractError
-from loract.policy import KINDS, PRESETS, Policy, Rule, Site, as_policy, preset
+from loract.policy import KINDS, PRESETS, REGIONS, Policy, Rule, Site, as_policy, preset
 
 
 @pytest.mark.parametrize(
@@ -76,7 +76,7 @@ def test_layer_ranges_include_both_ends(layers, name, matches):
     assert Rule(kind="norm", codec=Exact(), layers=layers).matches(Site(kind="norm", name=name)) is matches
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in REGIONS])
 def test_presets(kind):
     site = Site(kind=kind, name="layers.0.x")
     assert preset("exact").codec(site) == Exact()
@@ -84,6 +84,27 @@ def test_presets(kind):
     assert preset("tensor").codec(site) == (LowRank(rank=0.125) if coded else Exact())
     assert preset("tensor", rank=16).codec(site) == (LowRank(rank=16) if coded else Exact())
     assert preset("tensor", codec=Quantized(bits=4)).codec(site) == (Quantized(bits=4) if coded else Exact())
+
+
+@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_presets_of_regions(name, kind):
+    acts = {"layer": ("layer", "sublayer"), "sublayer": ("sublayer",)}.get(name, ())
+    site = Site(kind=kind, name="layers.0.x")
+    policy = preset(name)
+    if kind in REGIONS:
+        assert policy.codec(site) == (LowRank(rank=0.125) if kind in acts else None)
+        assert policy.recompute_codec(site) is None
+    else:
+        assert policy.codec(site) is not None
+        assert policy.recompute_codec(site) == Exact()  # what is needed at once is not coded
+
+
+def test_rules_for_what_is_recomputed():
+    inner = Rule(kind="norm", codec=Quantized(bits=4), recomputed=True)
+    policy = Policy(name="mine", rules=(inner, Rule(kind="norm", codec=LowRank()), Rule(kind="layer", codec=Exact())))
+    site = Site(kind="norm", name="layers.0.norm")
+    assert (policy.codec(site), policy.recompute_codec(site)) == (LowRank(), Quantized(bits=4))
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from causal import causal
-from loract.compare import STANDARD, Variant, body_bytes, contend
+from loract.compare import STANDARD, Variant, body_step, contend
 from loract.decomposition import activations
 from loract.rangefinder import Truncated
 from loract.studies import FLOOR, benchmark, evaluate, fine_tune, resident_peak
@@ -29,15 +29,20 @@ def test_contenders_share_frozen_weights_and_own_adapters():
 def test_benchmark_finds_what_is_known():
     ticks = []
     records = benchmark(tiny(), STANDARD, batch=4, rounds=2, progress=lambda *tick: ticks.append(tick))
-    plain, checkpointing, exact, tensor, floor = records
+    plain, checkpointing, exact, tensor, sublayer_exact, sublayer, layer, floor = records
     assert [r.name for r in records] == [*(v.name for v in STANDARD), FLOOR]
     assert (plain.time_ratio, plain.relative_error, checkpointing.cosine) == (1.0, 0.0, pytest.approx(1.0))
     assert exact.relative_error < 1e-5
     assert 0 < tensor.relative_error < 1
     assert checkpointing.saved_bytes < tensor.saved_bytes < exact.saved_bytes < 0.7 * plain.saved_bytes
     assert all(r.peak_bytes >= r.saved_bytes for r in records)
-    assert all(r.extra["forward_bit_identical"] for r in records[:4])
-    assert all(len(r.extra["seconds"]) == 2 for r in records[:4])
+    assert sublayer_exact.relative_error < 1e-5
+    assert 0 < sublayer.relative_error < 1
+    assert 0 < layer.relative_error < 1.5
+    assert layer.saved_bytes < sublayer.saved_bytes < sublayer_exact.saved_bytes < exact.saved_bytes
+    assert layer.saved_bytes < checkpointing.saved_bytes
+    assert all(r.extra["forward_bit_identical"] for r in records[:-1])
+    assert all(len(r.extra["seconds"]) == 2 for r in records[:-1])
     assert floor.relative_error == 0.0  # this model is fp32 already
     total = ticks[0][2]
     assert [done for _, done, _ in ticks] == list(range(total))
@@ -48,9 +53,11 @@ def test_fine_tuning_learns_the_same_with_exact_activations():
     before = evaluate(work, work.model)
     ticks = []
     found = fine_tune(work, STANDARD, steps=4, batch=2, progress=lambda *tick: ticks.append(tick))
-    plain, checkpointing, exact, tensor, _ = found.records
+    plain, checkpointing, exact, tensor, sublayer_exact, *_ = found.records
     assert found.losses["LoRA"] == found.losses["LoRA + checkpointing"]
     assert found.losses["loract exact"] == pytest.approx(found.losses["LoRA"], rel=1e-4)
+    assert found.losses["loract sublayer exact"] == pytest.approx(found.losses["LoRA"], rel=1e-4)
+    assert sublayer_exact.saved_bytes < exact.saved_bytes
     assert found.losses["loract tensor 1/8"][0] == found.losses["LoRA"][0]
     assert exact.held_out_loss == pytest.approx(plain.held_out_loss, rel=1e-3)
     assert plain.held_out_loss != before
@@ -93,6 +100,6 @@ def test_the_resident_peak_is_that_of_a_fresh_process():
     found = resident_peak(big, STANDARD[0], batch=8)
     work = big()
     upstream = torch.ones(8, 256, 64)
-    _, tracked = body_bytes(contend(work.model, STANDARD[0]), work, work.train, upstream)
+    tracked = body_step(contend(work.model, STANDARD[0]), work, work.train, upstream).peak_bytes
     assert 0.5 * tracked < found < 3 * tracked + (64 << 20)
     assert keep.sum() == keep.numel()

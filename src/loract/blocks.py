@@ -125,8 +125,9 @@ def _experts(module: nn.Module) -> bool:
 def _mixes(module: nn.Module) -> bool:
     """A mixture of experts: stacked experts one level down, or a list of equal modules with linear maps."""
     for child in module.children():
-        listed = isinstance(child, nn.ModuleList) and len(child) > 1
-        if _experts(child) or (listed and all(len(_linears(m)) >= 2 for m in child)):
+        if _experts(child):
+            return True
+        if isinstance(child, nn.ModuleList) and len(child) > 1 and all(len(_linears(m)) >= 2 for m in child):
             return True
     return False
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from loract.attach import Handle, attach
 from loract.audit import Fidelity, compare_gradients, gradients
+from loract.codecs import Exact
 from loract.memory import step_bytes
 from loract.policy import Policy, preset
 from loract.workload import Workload
@@ -52,6 +53,9 @@ STANDARD = (
     Variant(name="LoRA + checkpointing", checkpointing=True),
     Variant(name="loract exact", policy=preset("exact")),
     Variant(name="loract tensor 1/8", policy=preset("tensor", rank=1 / 8)),
+    Variant(name="loract sublayer exact", policy=preset("sublayer", codec=Exact())),
+    Variant(name="loract sublayer 1/8", policy=preset("sublayer", rank=1 / 8)),
+    Variant(name="loract layer 1/8", policy=preset("layer", rank=1 / 8)),
 )
 """The reference, its rival, and the presets."""
 
@@ -83,18 +87,30 @@ def contend(model: nn.Module, variant: Variant) -> Contender:
     return Contender(variant=variant, model=twin, handle=handle)
 
 
-def body_bytes(contender: Contender, work: Workload, ids: Tensor, upstream: Tensor) -> tuple[int, int]:
-    """(saved, peak) bytes of one forward and backward of the decoder body.
+@dataclass(frozen=True, kw_only=True)
+class Body:
+    """One step of the decoder body: bytes, without parameters and their gradients, and the output."""
 
-    Parameters and their gradients are excluded: every variant has the same.
-    """
+    saved_bytes: int
+    peak_bytes: int
+    hidden: Tensor
+
+
+def body_step(contender: Contender, work: Workload, ids: Tensor, upstream: Tensor) -> Body:
+    """Measure one forward and backward of the decoder body. Parameters, the same for all variants, are excluded."""
     parameters = list(contender.model.parameters())
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
     held = [*parameters, *(p.grad for p in parameters if p.grad is not None), ids, upstream]
-    found = step_bytes(lambda: work.hidden(contender.model, ids), lambda hidden: hidden.backward(upstream), held)
+    seen: list[Tensor] = []
+
+    def backward(hidden: Tensor) -> None:
+        hidden.backward(upstream)
+        seen.append(hidden.detach())
+
+    saved, peak = step_bytes(lambda: work.hidden(contender.model, ids), backward, held)
     contender.model.zero_grad(set_to_none=True)
-    return found
+    return Body(saved_bytes=saved, peak_bytes=peak, hidden=seen[0])
 
 
 def alternate(contenders: Sequence[Contender], step: Callable[[Contender], None]) -> None:
@@ -125,9 +141,12 @@ def fidelities(
         return (hidden * upstream.to(hidden.dtype)).sum()
 
     tick("gradient in fp32, plain")
-    _, exact = gradients(wide, ids, loss)
-    found: dict[str, Fidelity] = {}
+    value, exact = gradients(wide, ids, loss)
+    plain = [variant for variant in variants if variant.policy is None and not variant.checkpointing]
+    found = {variant.name: compare_gradients(value, exact, exact, []) for variant in plain}
     for variant in variants:
+        if variant in plain:
+            continue
         tick(f"gradient in fp32, {variant.name}")
         twin = contend(wide, variant)
         value, ours = gradients(twin.model, ids, loss)

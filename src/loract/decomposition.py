@@ -6,7 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from loract.codecs import Exact, Packed, State
 from loract.codecs.base import tokens_features
 from loract.cpu import fast_bf16
 from loract.linalg import singular_values
-from loract.policy import Kind, Policy, Rule
+from loract.policy import KINDS, REGIONS, Kind, Policy, Rule
 from loract.rangefinder import Gaussian, RangeFinder, Sampled, resolve_rank
 
 FINDERS: Mapping[str, RangeFinder] = {"LoRAct": Sampled(), "Gaussian RSVD": Gaussian()}
@@ -85,7 +85,8 @@ def activations(forward: Callable[[], Any], model: Any, rank: int | float = 0.12
         UnsupportedModule: the model has no recognisable site.
     """
     seen: dict[str, list[Compared]] = {}
-    probes = {kind: _Probe(rank=rank, found=seen.setdefault(kind, [])) for kind in get_args(Kind)}
+    kinds: list[Kind] = [kind for kind in KINDS if kind not in REGIONS]
+    probes = {kind: _Probe(rank=rank, found=seen.setdefault(kind, [])) for kind in kinds}
     policy = Policy(name="probe", rules=tuple(Rule(kind=kind, codec=probe) for kind, probe in probes.items()))
     with fast_bf16(), attach(model, policy):
         for probe in probes.values():  # attaching runs probes of its own

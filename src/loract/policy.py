@@ -12,7 +12,7 @@ from loract.codecs import Codec, Exact, LowRank
 from loract.errors import InvalidSpec
 
 Kind = Literal["adapter_input", "norm", "gated", "attention", "sublayer", "layer"]
-KINDS: tuple[str, ...] = get_args(Kind)
+KINDS: tuple[Kind, ...] = get_args(Kind)
 REGIONS: tuple[Kind, ...] = ("sublayer", "layer")
 """Kinds whose site keeps the inputs of a module and runs the module again in backward."""
 

@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from loract.codecs.base import Packed
 from loract.functions.base import Autocast
+from loract.functions.checkpoint import TOKENS
 from loract.functions.linear import dense_weight, supplied_linear
 from loract.saved import Ledger
 
@@ -71,7 +72,7 @@ class Region:
         other values, or reads trainable tensors that are no arguments. Watched operator by operator, the second run
         also shows which linear maps' values no gradient reads.
         """
-        kinds = tuple((t.dtype, t.requires_grad) for t in tensors)
+        kinds = tuple((t.dtype, t.dim(), t.requires_grad) for t in tensors)
         key = (rest, kinds, Autocast.of(tensors[0]), self._state())
         if (reason := self._observed()) is not None:
             return Verdict(refused=reason)
@@ -89,9 +90,7 @@ class Region:
     def again(self, rebuild: Rebuild, draws: Draws, autocast: Autocast, unread: frozenset[int]) -> Callable[..., Any]:
         """How to run the module a second time with a graph; see `Rerun.again`."""
 
-        def run(
-            inputs: Sequence[Tensor], packed: Sequence[Packed], skip: bool
-        ) -> tuple[list[Tensor], list[Tensor]]:
+        def run(inputs: Sequence[Tensor], packed: Sequence[Packed], skip: bool) -> tuple[list[Tensor], list[Tensor]]:
             for leaf, p in zip(inputs, packed, strict=True):
                 if p.factored:
                     self.packed_of(leaf, p)
@@ -165,6 +164,15 @@ class Region:
         expected, others = flatten(first)
         if strange := [type(o).__name__ for o in others if not isinstance(o, (type(None), bool, int, float, str))]:
             return Verdict(refused=f"returns objects other than tensors ({', '.join(strange)})")
+        by_token = not drew and self._by_token(tensors, rebuild, expected)
+        if by_token:  # some tokens then speak for all, and the wide tensors inside need not exist as a whole
+            tensors = [
+                tensors[0]
+                .detach()
+                .reshape(1, -1, tensors[0].shape[-1])[:, :TOKENS]
+                .requires_grad_(tensors[0].requires_grad)
+            ]
+            expected = self._outputs(tensors, rebuild)
         watch = Watch()
         inputs = [t.detach().requires_grad_(t.requires_grad) for t in tensors]
         for leaf in inputs:
@@ -180,19 +188,20 @@ class Region:
             decides=watch.decides,
             unread=unread,
             differentiable=tuple(out.requires_grad for out in outputs),
-            by_token=not drew and self._by_token(tensors, rebuild, expected),
+            by_token=by_token,
         )
 
     def _by_token(self, tensors: Sequence[Tensor], rebuild: Rebuild, expected: Sequence[Tensor]) -> bool:
-        """Whether every other token, run alone, gives that half of the output. (A half in a row may be whole samples.)"""
+        """Whether every other token, run alone, gives its part of the output.
+
+        Every other: a half in a row may consist of whole samples, which attention treats alone too.
+        """
         if len(tensors) != 1 or len(expected) != 1 or tensors[0].dim() != 3:
             return False
         x, y = tensors[0], expected[0]
         if y.shape[:-1] != x.shape[:-1] or x.shape[:-1].numel() < 2:
             return False
-        with torch.no_grad():
-            args, kwargs = rebuild([x.reshape(-1, x.shape[-1])[None, 1::2]])
-            part = flatten(self.forward(*args, **kwargs))[0][0]
+        (part,) = self._outputs([x.reshape(-1, x.shape[-1])[None, 1::2]], rebuild)
         whole = y.reshape(-1, y.shape[-1])[1::2]
         # Products of other shapes round otherwise.
         tolerance = torch.finfo(y.dtype).eps ** 0.75
@@ -200,12 +209,17 @@ class Region:
             (part.reshape(whole.shape) - whole).float().norm() <= tolerance * whole.float().norm()
         )
 
+    def _outputs(self, tensors: Sequence[Tensor], rebuild: Rebuild) -> list[Tensor]:
+        with torch.no_grad():
+            args, kwargs = rebuild(tensors)
+            return flatten(self.forward(*args, **kwargs))[0]
+
     def _state(self) -> tuple[object, ...]:
-        """What decides how the module runs, besides its arguments: training flags and the adapters in force."""
-        flags = [self.module.training]
+        """What decides how the module runs, besides its arguments: training flags, dropout, the adapters in force."""
+        flags: list[object] = [self.module.training]
         adapters: list[object] = []
         for module in self.inner:
-            flags.append(module.training)
+            flags.append((module.training, getattr(module, "p", None)))
             if hasattr(module, "lora_A"):
                 layer: Any = module
                 adapters.append((tuple(layer.active_adapters), tuple(layer.merged_adapters), layer.disable_adapters))
@@ -362,7 +376,14 @@ _LINEAR = {
     _aten.index_add.default,
 }
 """Operators whose gradient does not depend on the operand's value."""
-_SCALING = {_aten.mul.Tensor, _aten.mul_.Tensor, _aten.div.Tensor, _aten.div_.Tensor, _aten.mul.Scalar, _aten.div.Scalar}
+_SCALING = {
+    _aten.mul.Tensor,
+    _aten.mul_.Tensor,
+    _aten.div.Tensor,
+    _aten.div_.Tensor,
+    _aten.mul.Scalar,
+    _aten.div.Scalar,
+}
 """The same, if the factor needs no gradient."""
 _SHAPES = {_aten.empty_like.default, _aten.zeros_like.default, _aten.ones_like.default}
 """Operators that look at shapes alone."""

@@ -21,10 +21,9 @@ from loract.codecs.base import Delayed
 from loract.errors import Uncopied
 from loract.policy import Site
 
-
 DEPTH = 3
-"""Steps of recomputation allowed behind a shared tensor: norm, linear map, activation. Without a limit a chain of regions
-would keep its first input alone and run everything before a region again for each of them."""
+"""Steps of recomputation allowed behind a shared tensor: norm, linear map, activation. Without a limit a chain of
+regions would keep its first input alone and run everything before a region again for each of them."""
 
 
 class Index:
@@ -116,11 +115,11 @@ class RunningSite(Uncopied):
 
     site: Site
     codec: Codec
-    again: Codec | None
-    """Codec inside a region that runs again; None: a region, which there is none of its own."""
     seed: int
     index: Index
     ledger: Ledger
+    again: Codec | None = None
+    """Codec inside a region that runs again; None: exact, and a region is there none of its own."""
     step: int = 0
     state: State = field(default_factory=State)
     error: Delayed = field(default_factory=Delayed)
@@ -171,7 +170,7 @@ class RunningSite(Uncopied):
         return packed
 
     def proves(self, packed: Packed, x: Tensor) -> bool:
-        """Whether `packed` gives x back bit for bit: compared at the first call of a kind, which waits for the device."""
+        """Whether `packed` gives x back bit for bit: compared at the first call of a kind alone, as it waits."""
         kind = (packed.shape, packed.dtype, x.grad_fn is None)
         if kind not in self.verified:
             if not torch.equal(packed.decode().reshape(x.shape), x):

@@ -14,7 +14,18 @@ import torch
 from torch import Tensor
 
 from loract.audit import Fidelity
-from loract.compare import Contender, Progress, Ticker, Variant, alternate, body_bytes, contend, fidelities, time_ratio
+from loract.compare import (
+    Body,
+    Contender,
+    Progress,
+    Ticker,
+    Variant,
+    alternate,
+    body_step,
+    contend,
+    fidelities,
+    time_ratio,
+)
 from loract.cpu import fast_bf16, native_bf16
 from loract.memory import Record, peak_rss_bytes, restart_peak_rss
 from loract.workload import Workload
@@ -52,7 +63,7 @@ def benchmark(
     workload anew, each variant's resident peak is measured too, in a process of its own. Fidelity is measured in fp32;
     one more record holds what the model's own dtype does to the plain gradient.
     """
-    tick = Ticker(progress, WARM_STEPS + 1 + len(variants) * (rounds + 3 + (load is not None)) + 2)
+    tick = Ticker(progress, WARM_STEPS + 1 + len(variants) * (rounds + 2 + (load is not None)) + 1)
     ids = work.train[-batch:]
     resident: dict[str, int] = {}
     for variant in variants if load is not None else ():
@@ -64,12 +75,10 @@ def benchmark(
         tick("gradient of the loss")
         upstream = work.upstream(work.model, ids)
         contenders = [contend(work.model, v) for v in variants]
-        sizes: list[tuple[int, int]] = []
-        for contender in contenders:
+        bodies: list[Body] = []
+        for contender in contenders:  # which also fills allocators and kernel caches
             tick(f"bytes of {contender.variant.name}")
-            sizes.append(body_bytes(contender, work, ids, upstream))
-        reference = work.hidden(contenders[0].model, ids).detach()
-        same = [torch.equal(reference, work.hidden(c.model, ids).detach()) for c in contenders]
+            bodies.append(body_step(contender, work, ids, upstream))
 
         def step(contender: Contender) -> None:
             tick(f"timing {contender.variant.name}")
@@ -77,8 +86,6 @@ def benchmark(
             work.hidden(contender.model, ids).backward(upstream)
             _synchronise(upstream)
 
-        for contender in contenders:
-            step(contender)  # untimed: allocators and kernel caches fill
         for _ in range(rounds):
             alternate(contenders, step)
         for contender in contenders:
@@ -86,20 +93,20 @@ def benchmark(
             contender.model.zero_grad(set_to_none=True)
         scores = fidelities(work, work.model, variants, ids, tick)
     records: list[Record] = []
-    for contender, (saved, peak), equal in zip(contenders, sizes, same, strict=True):
+    for contender, body in zip(contenders, bodies, strict=True):
         score = scores[contender.variant.name]
         records.append(
             Record(
                 name=contender.variant.name,
-                saved_bytes=saved,
-                peak_bytes=peak,
+                saved_bytes=body.saved_bytes,
+                peak_bytes=body.peak_bytes,
                 step_seconds=statistics.median(contender.seconds),
                 time_ratio=time_ratio(contender, contenders[0]),
                 cosine=score.cosine,
                 relative_error=score.relative_error,
                 resident_bytes=resident.get(contender.variant.name),
                 extra={
-                    "forward_bit_identical": equal,
+                    "forward_bit_identical": torch.equal(body.hidden, bodies[0].hidden),
                     "rounds": rounds,
                     "tokens": ids.numel(),
                     "seconds": contender.seconds,
@@ -141,7 +148,7 @@ def fine_tune(
 
     Losses are those of training and of held-out text; fidelity belongs to the model as the first variant trained it.
     """
-    tick = Ticker(progress, len(variants) * (steps + 3) + 2)
+    tick = Ticker(progress, len(variants) * (steps + 3) + 1)
     losses: dict[str, list[float]] = {v.name: [] for v in variants}
     with fast_bf16():
         contenders = [contend(work.model, v) for v in variants]
@@ -159,23 +166,23 @@ def fine_tune(
             contender.seconds = contender.seconds[1:] or contender.seconds
         ids = work.train[:batch]
         upstream = work.upstream(contenders[0].model, ids)
-        sizes: list[tuple[int, int]] = []
+        bodies: list[Body] = []
         for contender in contenders:
             tick(f"bytes of {contender.variant.name}")
-            sizes.append(body_bytes(contender, work, ids, upstream))
+            bodies.append(body_step(contender, work, ids, upstream))
         held_out: list[float] = []
         for contender in contenders:
             tick(f"held-out loss of {contender.variant.name}")
             held_out.append(evaluate(work, contender.model))
         scores = fidelities(work, contenders[0].model, variants, ids, tick)
     records: list[Record] = []
-    for contender, (saved, peak), loss in zip(contenders, sizes, held_out, strict=True):
+    for contender, body, loss in zip(contenders, bodies, held_out, strict=True):
         name = contender.variant.name
         records.append(
             Record(
                 name=name,
-                saved_bytes=saved,
-                peak_bytes=peak,
+                saved_bytes=body.saved_bytes,
+                peak_bytes=body.peak_bytes,
                 step_seconds=statistics.median(contender.seconds),
                 time_ratio=time_ratio(contender, contenders[0]),
                 cosine=scores[name].cosine,

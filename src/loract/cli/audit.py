@@ -13,6 +13,7 @@ from loract.audit import audit as run_audit
 from loract.cli.common import (
     GEMMA,
     Bits,
+    ExactInputs,
     Model,
     Preset,
     Rank,
@@ -33,6 +34,7 @@ def audit(
     preset: Preset = "tensor",
     rank: Rank = None,
     bits: Bits = None,
+    exact: ExactInputs = False,
     batch: Annotated[int, typer.Option(min=1, help="Sequences.")] = 2,
     length: Annotated[int, typer.Option(min=8, help="Tokens a sequence.")] = 256,
     dtype: Annotated[str, typer.Option(help="bf16 or fp32; bf16 adds its own noise.")] = "fp32",
@@ -43,7 +45,7 @@ def audit(
     The model gets LoRA adapters on all linear layers, trained for a few short steps: fresh ones have B = 0 and no
     gradient in A.
     """
-    policy = parse_policy(preset, rank, bits)
+    policy = parse_policy(preset, rank, bits, exact)
     work = workload(model_folder(model), length=length, train=batch, held_out=1, dtype=parse_dtype(dtype))
     with progress_bar() as progress, fast_bf16():
         tick = Ticker(progress, WARM_STEPS + 1)

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from loract.codecs import Quantized
+from loract.codecs import Exact, Quantized
 from loract.compare import Progress as Callback
 from loract.errors import InvalidSpec
 from loract.memory import Record
@@ -31,9 +31,10 @@ GEMMA = "gemma-3-270m"
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 Model = Annotated[str, typer.Argument(help=f"Folder of a causal language model, or {GEMMA!r} (packaged weights).")]
-Preset = Annotated[str, typer.Option("--preset", help="exact or tensor.")]
+Preset = Annotated[str, typer.Option("--preset", help="exact, tensor, sublayer or layer.")]
 Rank = Annotated[str | None, typer.Option("--rank", help="Columns (16) or share of the features (0.125, 1/8, 1.0).")]
 Bits = Annotated[int | None, typer.Option("--bits", help="Quantise to so many bits (1 to 8) instead of low rank.")]
+ExactInputs = Annotated[bool, typer.Option("--exact", help="Keep the inputs of sublayers or layers as they are.")]
 Out = Annotated[Path, typer.Option("--out", help="Folder for the results.")]
 
 
@@ -58,9 +59,16 @@ def parse_rank(text: str | None) -> int | float | None:
         raise InvalidSpec(f"rank {text!r}", "an integer or a ratio", "try --rank 1/8") from None
 
 
-def parse_policy(name: str, rank: str | None, bits: int | None) -> Policy:
-    """The preset that the options name, with a rank or with quantisation."""
-    return preset(name, rank=parse_rank(rank), codec=None if bits is None else Quantized(bits=bits))
+def parse_policy(name: str, rank: str | None, bits: int | None, exact: bool) -> Policy:
+    """The preset that the options name, with a rank, with quantisation or without loss.
+
+    Raises:
+        InvalidSpec: options that exclude each other, or that the preset does not take.
+    """
+    if exact and bits is not None:
+        raise InvalidSpec("both --exact and --bits", "one of them", "drop --bits")
+    codec = Exact() if exact else None if bits is None else Quantized(bits=bits)
+    return preset(name, rank=parse_rank(rank), codec=codec)
 
 
 def parse_dtype(name: str) -> torch.dtype:

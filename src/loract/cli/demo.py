@@ -18,7 +18,7 @@ from loract.workload import Workload, workload
 
 
 def demo(
-    steps: Annotated[int, typer.Option(min=1, help="Training steps of each method.")] = 12,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps of each method.")] = 8,
     batch: Annotated[int, typer.Option(min=1, help="Sequences a step.")] = 2,
     length: Annotated[int, typer.Option(min=8, help="Tokens a sequence.")] = 256,
     out: Out = Path("runs/demo"),

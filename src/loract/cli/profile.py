@@ -12,8 +12,20 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from loract.cli.common import GEMMA, Bits, Model, Preset, Rank, console, model_folder, parse_dtype, parse_policy, status
-from loract.compare import Contender, Variant, body_bytes, contend
+from loract.cli.common import (
+    GEMMA,
+    Bits,
+    ExactInputs,
+    Model,
+    Preset,
+    Rank,
+    console,
+    model_folder,
+    parse_dtype,
+    parse_policy,
+    status,
+)
+from loract.compare import Contender, Variant, body_step, contend
 from loract.cpu import fast_bf16
 from loract.memory import MIB
 from loract.policy import Site
@@ -26,13 +38,14 @@ def profile(
     preset: Preset = "exact",
     rank: Rank = None,
     bits: Bits = None,
+    exact: ExactInputs = False,
     batch: Annotated[int, typer.Option(min=1, help="Sequences.")] = 2,
     length: Annotated[int, typer.Option(min=8, help="Tokens a sequence.")] = 256,
     dtype: Annotated[str, typer.Option(help="bf16 or fp32.")] = "bf16",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Run one step of the decoder body without and with a policy: bytes measured, and bytes by site and layer."""
-    policy = parse_policy(preset, rank, bits)
+    policy = parse_policy(preset, rank, bits, exact)
     work = workload(model_folder(model), length=length, train=batch, held_out=1, dtype=parse_dtype(dtype))
     measured: dict[str, dict[str, float]] = {}
     sites: list[SiteStats] = []
@@ -42,9 +55,13 @@ def profile(
         for variant in (Variant(name="plain"), Variant(name=policy.name, policy=policy)):
             with status.status(f"measuring {variant.name}"):
                 contender = contend(work.model, variant)
-                saved, peak = body_bytes(contender, work, work.train, upstream)
+                body = body_step(contender, work, work.train, upstream)
                 seconds = _seconds(contender, lambda c: work.hidden(c.model, work.train).backward(upstream))
-            measured[variant.name] = {"saved_bytes": saved, "peak_bytes": peak, "step_seconds": seconds}
+            measured[variant.name] = {
+                "saved_bytes": body.saved_bytes,
+                "peak_bytes": body.peak_bytes,
+                "step_seconds": seconds,
+            }
             if contender.handle is not None:
                 sites, left = contender.handle.stats(), contender.handle.left
             contender.close()

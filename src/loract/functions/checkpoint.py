@@ -69,8 +69,7 @@ class _Graph:
 
     def _rebuild(self, operands: Sequence[Packed]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         inputs = [
-            _dense(p, shape).detach().requires_grad_(grad)
-            for p, (shape, grad) in zip(operands, self.like, strict=True)
+            _dense(p, shape).detach().requires_grad_(grad) for p, (shape, grad) in zip(operands, self.like, strict=True)
         ]
         outputs, aliases = self.again(inputs, operands, not self.read)
         return inputs, outputs, aliases
@@ -126,14 +125,10 @@ class _Checkpoint(Function):
             packed.reserve()
         for i, out in enumerate(outputs):
             shape, memo = tokens_features(out), Memo(graph.memo)
-            packed = Recomputed(
-                inputs=rerun.operands, function=graph.value(i), shape=shape, dtype=out.dtype, memo=memo
-            )
+            packed = Recomputed(inputs=rerun.operands, function=graph.value(i), shape=shape, dtype=out.dtype, memo=memo)
             rerun.outputs.append((out, packed))
         save(ctx, rerun.operands)
-        ctx.mark_non_differentiable(
-            *(out for out, grad in zip(outputs, rerun.differentiable, strict=True) if not grad)
-        )
+        ctx.mark_non_differentiable(*(out for out, grad in zip(outputs, rerun.differentiable, strict=True) if not grad))
         return tuple(outputs)
 
     @staticmethod
@@ -145,9 +140,7 @@ class _Checkpoint(Function):
         return None, None, *ctx.graph.gradients(operands, grads)
 
 
-def _gradients(
-    outputs: Leaves, grads: Sequence[Tensor | None], leaves: Leaves, *, retain: bool
-) -> list[Tensor | None]:
+def _gradients(outputs: Leaves, grads: Sequence[Tensor | None], leaves: Leaves, *, retain: bool) -> list[Tensor | None]:
     pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None and o.requires_grad]
     wanted = [leaf for leaf in leaves if leaf.requires_grad]
     if not pairs:

@@ -21,10 +21,8 @@ from loract.linalg import promote
 
 def dense_weight(module: Any) -> Tensor | None:
     """W (m, n) of the map x W^T + b that `module` computes; None where that is not known for certain."""
-    for known in type(module).__mro__[:1]:
-        if (read := _WEIGHTS.get(known.__name__)) is not None:
-            return read(module)
-    return None
+    read = _WEIGHTS.get(type(module).__name__)
+    return None if read is None else read(module)
 
 
 def _four_bit(module: Any) -> Tensor | None:
@@ -42,7 +40,7 @@ _WEIGHTS: dict[str, Callable[[Any], Tensor | None]] = {
     "Conv1D": lambda module: module.weight.T,
     "Linear4bit": _four_bit,
 }
-"""By the class's name, so that no optional package is imported. A subclass may compute anything, so it is not listed."""
+"""By the class's name, so that no optional package is imported. A subclass may compute anything: it is not listed."""
 
 
 def supplied_linear(x: Tensor, weight: Tensor, bias: Tensor | None, packed: Packed | None, *, read: bool) -> Tensor:
@@ -56,9 +54,7 @@ def supplied_linear(x: Tensor, weight: Tensor, bias: Tensor | None, packed: Pack
 
 class _Supplied(Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, packed: Packed | None, read: bool
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, packed: Packed | None, read: bool) -> Tensor:
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
         shape = (*x.shape[:-1], weight.shape[0])

@@ -59,8 +59,7 @@ def metric(scale: Tensor | None) -> Tensor | None:
 
 @dataclass(kw_only=True)
 class NormCall:
-    """One call of a norm: how to run it, how to pack (s * xhat if lossy, else x), and afterwards what stands for its
-    output."""
+    """One call of a norm: how to run it, how to pack s * xhat (lossy) or x, and then what stands for its output."""
 
     role: NormRole
     forward: Forward
