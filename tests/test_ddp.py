@@ -1,9 +1,11 @@
-"""Two gloo processes on one machine: gradients are averaged as without loract."""
+"""Two gloo processes on one machine, DDP and FSDP2: gradients are averaged as without loract."""
 
+import itertools
 import os
 import socket
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 
 import pytest
@@ -16,15 +18,39 @@ pytest.importorskip("peft")
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
 
 WORLD = 2
-SECONDS = 40
+SECONDS = 120
+
+
+POLICIES = {
+    "exact": "exact",
+    "tensor": loract.preset("tensor", codec=loract.LowRank(rank=0.25)),
+    "sublayer-exact": loract.preset("sublayer", codec=loract.Exact()),
+    "layer-exact": loract.preset("layer", codec=loract.Exact()),
+    "sublayer": loract.preset("sublayer", rank=0.25),
+}
+EXACT = [name for name in POLICIES if name.endswith("exact")]
+LOSSY = {"tensor": ["adapter_input", "norm", "gated"], "sublayer": ["norm", "sublayer"]}  # kinds that code
+WRAPPERS = ("ddp", "fsdp")
+# (wrapper, what trains, policy, attached before wrapping, two micro-batches)
+CASES = [
+    *itertools.product(["ddp"], ["lora"], ["exact", "tensor"], [True, False], [False, True]),
+    *itertools.product(["ddp"], ["lora"], ["sublayer-exact", "layer-exact", "sublayer"], [True, False], [False]),
+    *itertools.product(["fsdp"], ["lora"], POLICIES, [True, False], [False]),
+    *itertools.product(WRAPPERS, ["lora"], ["sublayer-exact"], [True], [True]),
+    *itertools.product(WRAPPERS, ["full"], ["sublayer-exact"], [True, False], [False]),
+]
 
 
 def loss_of(model, ids):
     return model(input_ids=ids, labels=ids, use_cache=False).loss
 
 
+def whole_tensor(grad):
+    return grad.full_tensor() if hasattr(grad, "full_tensor") else grad.clone()
+
+
 def gradients(model):
-    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    return {n: whole_tensor(p.grad) for n, p in model.named_parameters() if p.grad is not None}
 
 
 def halves(ids, rank):
@@ -32,31 +58,62 @@ def halves(ids, rank):
     return ids.chunk(WORLD)[rank].chunk(2)
 
 
+def fresh(training):
+    """A model whose adapters train, or one without adapters."""
+    import transformers
+
+    from causal import causal
+
+    model = causal("llama")
+    if training == "lora":
+        return model
+    torch.manual_seed(0)
+    return transformers.AutoModelForCausalLM.from_config(model.config, attn_implementation="sdpa").train()
+
+
+def wrapped(model, wrapper):
+    """The wrapped model, and a function that says whether the next backward averages."""
+    if wrapper == "ddp":
+        ddp = torch.nn.parallel.DistributedDataParallel(model)
+        return ddp, lambda averages: setattr(ddp, "require_backward_grad_sync", averages)
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (WORLD,))
+    for layer in [m for m in model.modules() if type(m).__name__ == "LlamaDecoderLayer"]:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return model, model.set_requires_gradient_sync
+
+
+def one_case(rank, wrapper, training, policy, attach_first, accumulate):
+    """The averaged gradients, and the kinds of the sites that code."""
+    from causal import tokens
+
+    model = fresh(training)
+    handle = loract.attach(model, POLICIES[policy], seed=rank) if attach_first else None
+    outer, average = wrapped(model, wrapper)
+    handle = handle or loract.attach(model, POLICIES[policy], seed=rank)
+    parts = halves(tokens(8), rank) if accumulate else [tokens(8).chunk(WORLD)[rank]]
+    for i, part in enumerate(parts):
+        average(i == len(parts) - 1)
+        (loss_of(outer, part) / len(parts)).backward()
+    coded = [s.kind for s in handle.stats() if s.coded]
+    regions = [s.name for s in handle.stats() if s.kind in ("sublayer", "layer") and s.calls]
+    found = gradients(model)
+    handle.detach()
+    return {"gradients": found, "coded": coded, "regions": regions, "left": handle.left}
+
+
 def worker(folder):
-    """One process: the averaged gradients of several runs, saved."""
-    import contextlib
-
-    from causal import causal, tokens
-
+    """One process: every case, saved. A failure is saved as its traceback, for the test of that case to show."""
     rank = int(os.environ["RANK"])
     torch.distributed.init_process_group("gloo")
-    policies = {"exact": "exact", "tensor": loract.preset("tensor", codec=loract.LowRank(rank=0.25))}
     out = {}
-    for name, policy in policies.items():
-        for attach_first in (True, False):
-            for accumulate in (False, True):
-                model = causal("llama")
-                handle = loract.attach(model, policy, seed=rank) if attach_first else None
-                ddp = torch.nn.parallel.DistributedDataParallel(model)
-                handle = handle or loract.attach(model, policy, seed=rank)
-                parts = halves(tokens(8), rank) if accumulate else [tokens(8).chunk(WORLD)[rank]]
-                for i, part in enumerate(parts):
-                    last = i == len(parts) - 1
-                    with contextlib.nullcontext() if last else ddp.no_sync():
-                        (loss_of(ddp, part) / len(parts)).backward()
-                coded = [s.kind for s in handle.stats() if s.coded]
-                out[name, attach_first, accumulate] = (gradients(model), coded)
-                handle.detach()
+    for case in CASES:
+        try:
+            out[case] = one_case(rank, *case)
+        except Exception:
+            out[case] = traceback.format_exc()
     torch.save(out, Path(folder) / f"{rank}.pt")
     torch.distributed.destroy_process_group()
 
@@ -100,11 +157,14 @@ def ranks(tmp_path_factory):
 @pytest.fixture(scope="module")
 def whole():
     """Gradients of one process over the whole batch, without loract."""
-    from causal import causal, tokens
+    from causal import tokens
 
-    model = causal("llama")
-    loss_of(model, tokens(8)).backward()
-    return gradients(model)
+    found = {}
+    for training in ("lora", "full"):
+        model = fresh(training)
+        loss_of(model, tokens(8)).backward()
+        found[training] = gradients(model)
+    return found
 
 
 def distance(a, b):
@@ -113,22 +173,40 @@ def distance(a, b):
     return ((flat_a - flat_b).norm() / flat_b.norm()).item()
 
 
-@pytest.mark.parametrize("attach_first", [True, False], ids=["before-DDP", "after-DDP"])
-@pytest.mark.parametrize("accumulate", [False, True], ids=["one-backward", "no_sync"])
-def test_exact_gradients_are_those_of_the_whole_batch(ranks, whole, attach_first, accumulate):
+def results(ranks, case):
     for rank in ranks:
-        assert distance(rank["exact", attach_first, accumulate][0], whole) <= 1e-5
+        assert not isinstance(rank[case], str), rank[case]
+    return [rank[case] for rank in ranks]
 
 
-@pytest.mark.parametrize("attach_first", [True, False], ids=["before-DDP", "after-DDP"])
-@pytest.mark.parametrize("accumulate", [False, True], ids=["one-backward", "no_sync"])
-def test_coded_gradients_agree_between_processes(ranks, whole, attach_first, accumulate):
-    (first, coded), (second, _) = (rank["tensor", attach_first, accumulate] for rank in ranks)
-    assert first.keys() == second.keys() == whole.keys()
-    assert all(torch.equal(first[name], second[name]) for name in first)
-    assert all(torch.isfinite(g).all() for g in first.values())
-    assert {"adapter_input", "norm", "gated"} <= set(coded)
-    assert 1e-3 < distance(first, whole) < 1.0
+def regions_of(policy):
+    """How many modules keep their inputs alone, in a model of two layers."""
+    return {"sublayer": 4, "layer": 2}.get(policy.removesuffix("-exact"), 0)
+
+
+def name_of(case):
+    wrapper, training, policy, attach_first, accumulate = case
+    order = "before" if attach_first else "after"
+    return f"{training}-{policy}-{order}-{wrapper}" + ("-two-micro-batches" if accumulate else "")
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case[2] in EXACT], ids=name_of)
+def test_exact_gradients_are_those_of_the_whole_batch(ranks, whole, case):
+    _, training, policy, _, _ = case
+    for rank in results(ranks, case):
+        assert distance(rank["gradients"], whole[training]) <= 1e-5
+        assert len(rank["regions"]) == regions_of(policy), rank["left"]
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case[2] in LOSSY], ids=name_of)
+def test_coded_gradients_agree_between_processes(ranks, whole, case):
+    first, second = results(ranks, case)
+    assert first["gradients"].keys() == second["gradients"].keys() == whole["lora"].keys()
+    assert all(torch.equal(g, second["gradients"][name]) for name, g in first["gradients"].items())
+    assert all(torch.isfinite(g).all() for g in first["gradients"].values())
+    assert set(LOSSY[case[2]]) <= set(first["coded"])
+    assert len(first["regions"]) == regions_of(case[2]), first["left"]
+    assert 1e-3 < distance(first["gradients"], whole["lora"]) < 1.0
 
 
 if __name__ == "__main__":

@@ -88,3 +88,23 @@ def test_the_base_stays_as_it_was(folder):
     after = dict(model.named_parameters())
     assert all(torch.equal(after[n], value) and after[n].grad is None for n, value in before.items())
     assert all(type(after[n]) is bnb.nn.Params4bit for n in before if n.endswith("proj.base_layer.weight"))
+
+
+@pytest.mark.parametrize("name", ["sublayer", "layer"])
+@pytest.mark.parametrize(("codec", "tolerance"), [(loract.Exact(), 1e-5), (FULL.rules[0].codec, 1e-3)])
+def test_regions_over_four_bits(folder, monkeypatch, name, codec, tolerance):
+    model, ids = quantised(folder), tokens()
+    logits, expected = step(model, ids)
+    supplied = []
+    original = loract.region.supplied_linear
+    monkeypatch.setattr(
+        loract.region, "supplied_linear", lambda *a, read: supplied.append(read) or original(*a, read=read)
+    )
+    with loract.attach(model, loract.preset(name, codec=codec)) as handle:
+        ours, gradients = step(model, ids)
+    assert torch.equal(ours, logits)
+    assert (gradients - expected).norm() <= tolerance * expected.norm()
+    assert handle.summary()["sublayer"] == 4
+    assert supplied.count(False) == {"sublayer": 4, "layer": 2}[name]  # trailing projections, dequantised for backward
+    from_factors = isinstance(codec, loract.LowRank) and name == "sublayer"
+    assert supplied.count(True) == (10 if from_factors else 0)  # q, k, v, gate and up of two layers

@@ -210,9 +210,10 @@ class Handle(Uncopied):
 
     def _norm_input(self, site: RunningSite, x: Tensor) -> Packed:
         """X itself, or the sum that it is."""
-        if not self.ledger.recomputing and (packed := self.residual.sum(x)) is not None and site.proves(packed, x):
-            return packed
-        self.residual.keep(x)
+        if not self.ledger.recomputing:
+            if (packed := self.residual.sum(x)) is not None and site.proves(packed, x):
+                return packed
+            self.residual.keep(x)
         site.keep(x)
         return Exact().encode(x)
 
@@ -270,7 +271,7 @@ class Handle(Uncopied):
             if not tensors or not any(t.requires_grad for t in (*tensors, *parameters)):
                 return region.forward(*args, **kwargs)
             coded = activations(tensors, role.widths)
-            verdict = region.verdict(tensors, rebuild, rest)
+            verdict = region.verdict(tensors, coded, rebuild, rest)
             reason = verdict.refused
             if reason is None and verdict.decides and any(site.lossy(t) for t in coded):
                 reason = "chooses by its inputs, and a coded input could choose otherwise"
@@ -380,9 +381,13 @@ def attach(model: nn.Module, policy: str | Policy = "exact", *, seed: int = 0) -
     Raises:
         InvalidSpec: an unknown preset or bad rank.
         UnsupportedModule: no site is recognised.
-        LoractError: the model is attached already.
+        LoractError: the model is attached already, or sharded.
     """
     chosen = as_policy(policy)
+    if any(type(p).__name__ == "DTensor" for p in model.parameters()):
+        raise LoractError(
+            "a model whose parameters are sharded already", "one before fully_shard", "attach first, then shard"
+        )
     if any(_MARK in vars(m) for m in model.modules()):
         raise LoractError("a model that is attached already", "a model without loract", "call handle.detach() first")
     return Handle(model, chosen, seed)

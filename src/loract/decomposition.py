@@ -86,7 +86,7 @@ def activations(forward: Callable[[], Any], model: Any, rank: int | float = 0.12
     """
     seen: dict[str, list[Compared]] = {}
     kinds: list[Kind] = [kind for kind in KINDS if kind not in REGIONS]
-    probes = {kind: _Probe(rank=rank, found=seen.setdefault(kind, [])) for kind in kinds}
+    probes: dict[Kind, _Probe] = {kind: _Probe(rank=rank, found=seen.setdefault(kind, [])) for kind in kinds}
     policy = Policy(name="probe", rules=tuple(Rule(kind=kind, codec=probe) for kind, probe in probes.items()))
     with fast_bf16(), attach(model, policy):
         for probe in probes.values():  # attaching runs probes of its own

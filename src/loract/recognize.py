@@ -97,6 +97,8 @@ def find_adapter(module: nn.Module) -> AdapterRole | str | None:
     adapters = getattr(module, "lora_A", None)
     if not isinstance(adapters, nn.ModuleDict) or not hasattr(module, "base_layer") or not len(adapters):
         return None
+    if features_of(module) is None:
+        return "adapter of something other than a linear map"
     variants = getattr(module, "lora_variant", {})
     plain = tuple(
         name for name, a in adapters.items() if type(a) is nn.Linear and a.bias is None and name not in variants

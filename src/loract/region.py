@@ -64,7 +64,7 @@ class Region:
         found = {id(p): p for _, _, p in self._slots()}
         return list(found.values())
 
-    def verdict(self, tensors: Sequence[Tensor], rebuild: Rebuild, rest: object) -> Verdict:
+    def verdict(self, tensors: Sequence[Tensor], coded: Sequence[Tensor], rebuild: Rebuild, rest: Rest) -> Verdict:
         """Try this kind of call, once: the same arguments in kind, training flags, adapters and precision.
 
         The module runs twice from the same random state, first as it is under no_grad, then on detached inputs and
@@ -73,11 +73,11 @@ class Region:
         also shows which linear maps' values no gradient reads.
         """
         kinds = tuple((t.dtype, t.dim(), t.requires_grad) for t in tensors)
-        key = (rest, kinds, Autocast.of(tensors[0]), self._state())
-        if (reason := self._observed()) is not None:
+        key = (rest.key, kinds, Autocast.of(tensors[0]), self._state())
+        if (reason := rest.refused() or self._observed()) is not None:
             return Verdict(refused=reason)
         if key not in self._verdicts:
-            self._verdicts[key] = self._trial(tensors, rebuild)
+            self._verdicts[key] = self._trial(tensors, {id(t) for t in coded}, rebuild)
         return self._verdicts[key]
 
     def values(self, rebuild: Rebuild, tensors: Sequence[Tensor]) -> tuple[list[Tensor], Rebuild]:
@@ -148,7 +148,9 @@ class Region:
                 return f"values inside are recorded ({type(module).__name__} has a forward hook)"
         return None
 
-    def _trial(self, tensors: Sequence[Tensor], rebuild: Rebuild) -> Verdict:
+    def _trial(self, tensors: Sequence[Tensor], coded: set[int], rebuild: Rebuild) -> Verdict:
+        chosen = [id(t) in coded for t in tensors]
+        tensors = [t.detach().clone().requires_grad_(t.requires_grad) for t in tensors]  # a run may change them
         buffers = list(self.module.buffers())
         kept = [b.clone() for b in buffers]
         versions = [t._version for t in (*buffers, *tensors)]
@@ -164,7 +166,7 @@ class Region:
         expected, others = flatten(first)
         if strange := [type(o).__name__ for o in others if not isinstance(o, (type(None), bool, int, float, str))]:
             return Verdict(refused=f"returns objects other than tensors ({', '.join(strange)})")
-        by_token = not drew and self._by_token(tensors, rebuild, expected)
+        by_token = not drew and len(expected) == 1 and self._by_token(tensors, rebuild)
         if by_token:  # some tokens then speak for all, and the wide tensors inside need not exist as a whole
             tensors = [
                 tensors[0]
@@ -175,8 +177,9 @@ class Region:
             expected = self._outputs(tensors, rebuild)
         watch = Watch()
         inputs = [t.detach().requires_grad_(t.requires_grad) for t in tensors]
-        for leaf in inputs:
-            watch.derive(leaf)
+        for leaf, is_coded in zip(inputs, chosen, strict=True):
+            if is_coded:
+                watch.derive(leaf)
         with watch:
             outputs, aliases = self._rerun(inputs, rebuild, draws, autocast, _Routing(watch=watch))
         if len(outputs) != len(expected) or not all(map(_equal, outputs, expected)):
@@ -191,23 +194,25 @@ class Region:
             by_token=by_token,
         )
 
-    def _by_token(self, tensors: Sequence[Tensor], rebuild: Rebuild, expected: Sequence[Tensor]) -> bool:
+    def _by_token(self, tensors: Sequence[Tensor], rebuild: Rebuild) -> bool:
         """Whether every other token, run alone, gives its part of the output.
 
-        Every other: a half in a row may consist of whole samples, which attention treats alone too.
+        Every other: a half in a row may consist of whole samples, which attention treats alone too. With other values
+        in the place of the trainable parameters: what mixes tokens may still be zero.
         """
-        if len(tensors) != 1 or len(expected) != 1 or tensors[0].dim() != 3:
+        x = tensors[0]
+        if len(tensors) != 1 or x.dim() != 3 or x.shape[:-1].numel() < 2:
             return False
-        x, y = tensors[0], expected[0]
-        if y.shape[:-1] != x.shape[:-1] or x.shape[:-1].numel() < 2:
+        with self._lock, self._aliased(_shaken):
+            (whole,) = self._outputs(tensors, rebuild)
+            (part,) = self._outputs([x.reshape(-1, x.shape[-1])[None, 1::2]], rebuild)
+        if whole.shape[:-1] != x.shape[:-1]:
             return False
-        (part,) = self._outputs([x.reshape(-1, x.shape[-1])[None, 1::2]], rebuild)
-        whole = y.reshape(-1, y.shape[-1])[1::2]
+        whole = whole.reshape(-1, whole.shape[-1])[1::2]
         # Products of other shapes round otherwise.
-        tolerance = torch.finfo(y.dtype).eps ** 0.75
-        return part.numel() == whole.numel() and bool(
-            (part.reshape(whole.shape) - whole).float().norm() <= tolerance * whole.float().norm()
-        )
+        tolerance = torch.finfo(whole.dtype).eps ** 0.75
+        difference = (part.reshape(-1, part.shape[-1]) - whole).float().norm()
+        return part.numel() == whole.numel() and bool(difference <= tolerance * whole.float().norm())
 
     def _outputs(self, tensors: Sequence[Tensor], rebuild: Rebuild) -> list[Tensor]:
         with torch.no_grad():
@@ -215,11 +220,12 @@ class Region:
             return flatten(self.forward(*args, **kwargs))[0]
 
     def _state(self) -> tuple[object, ...]:
-        """What decides how the module runs, besides its arguments: training flags, dropout, the adapters in force."""
-        flags: list[object] = [self.module.training]
+        """What else decides how the module runs: training flags, dropout, what trains, the adapters in force."""
+        flags: list[object] = []
         adapters: list[object] = []
-        for module in self.inner:
-            flags.append((module.training, getattr(module, "p", None)))
+        for module in (self.module, *self.inner):
+            trains = (p.requires_grad for p in module._parameters.values() if p is not None)
+            flags.append((module.training, getattr(module, "p", None), *trains))
             if hasattr(module, "lora_A"):
                 layer: Any = module
                 adapters.append((tuple(layer.active_adapters), tuple(layer.merged_adapters), layer.disable_adapters))
@@ -232,12 +238,12 @@ class Region:
                     yield module, name, parameter
 
     @contextmanager
-    def _aliased(self) -> Generator[list[Tensor]]:
+    def _aliased(self, make: Callable[[Tensor], Tensor] = Tensor.detach) -> Generator[list[Tensor]]:
         """Detached aliases in the place of the trainable parameters: hooks on those must not fire twice."""
         slots = list(self._slots())
         aliases: dict[int, Tensor] = {}
         for module, name, parameter in slots:
-            alias = aliases.setdefault(id(parameter), parameter.detach().requires_grad_())
+            alias = aliases.setdefault(id(parameter), make(parameter).requires_grad_())
             module._parameters[name] = alias  # pyright: ignore[reportArgumentType]
         try:
             yield list(aliases.values())
@@ -263,11 +269,24 @@ def flatten(value: Any) -> tuple[list[Tensor], list[Any]]:
     return tensors, others
 
 
-def arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Tensor], Rebuild, object]:
-    """The tensors in a call's arguments, a function that puts others in their places, and what the rest is."""
+@dataclass(frozen=True, kw_only=True)
+class Rest:
+    """What a call's arguments hold beside tensors."""
+
+    key: object
+    caches: bool
+    """Whether a key-value cache is among them."""
+
+    def refused(self) -> str | None:
+        """Why a module with such arguments may not run twice."""
+        return "appends to a key-value cache that is filled" if self.caches else None
+
+
+def arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Tensor], Rebuild, Rest]:
+    """The tensors in a call's arguments, a function that puts others in their places, and the rest."""
     tensors, others, rebuild = _parts((args, kwargs))
-    spec = tree_flatten((args, kwargs))[1]
-    return tensors, rebuild, (str(spec), tuple(_describe(o) for o in others))
+    key = (str(tree_flatten((args, kwargs))[1]), tuple(_describe(o) for o in others))
+    return tensors, rebuild, Rest(key=key, caches=any(hasattr(o, "get_seq_length") for o in others))
 
 
 def activations(tensors: Sequence[Tensor], widths: frozenset[int]) -> list[Tensor]:
@@ -476,6 +495,12 @@ def _equal(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a, b) or bool(((a == b) | ((a != a) & (b != b))).all())
 
 
+def _shaken(parameter: Tensor) -> Tensor:
+    generator = torch.Generator(parameter.device).manual_seed(0)
+    noise = torch.empty_like(parameter).uniform_(-0.5, 0.5, generator=generator)
+    return parameter.detach() + noise
+
+
 def _leaves(outputs: Sequence[Tensor]) -> set[int]:
     """Ids of the leaves that the outputs' graph reaches."""
     found: set[int] = set()
@@ -499,4 +524,5 @@ def _dormant(hook: Any) -> bool:
     if getattr(hook, "__module__", None) != name:
         return False
     recording = sys.modules[name]._active_collector.get()
-    return recording is None or set(recording) <= {"hidden_states"}
+    held = dict(zip(hook.__code__.co_freevars, hook.__closure__, strict=True))
+    return recording is None or held["key"].cell_contents not in recording

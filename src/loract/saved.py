@@ -19,6 +19,7 @@ from torch.utils.weak import WeakIdKeyDictionary, WeakTensorKeyDictionary
 from loract.codecs import Codec, Exact, Packed, State
 from loract.codecs.base import Delayed
 from loract.errors import Uncopied
+from loract.functions.base import no_autocast
 from loract.policy import Site
 
 DEPTH = 3
@@ -148,7 +149,7 @@ class RunningSite(Uncopied):
 
     def encode(self, x: Tensor) -> Packed:
         """Pack x with this site's codec, drawing from the stream (seed, step, site) and never from the global one."""
-        with torch.no_grad():
+        with torch.no_grad(), no_autocast(x):
             packed = self.acting.encode(x, self._generator(x.device), self.state)
         self.stats.coded |= packed.tensors[0] is not x
         if packed.error is not None:
