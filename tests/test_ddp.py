@@ -35,10 +35,13 @@ WRAPPERS = ("ddp", "fsdp")
 CASES = [
     *itertools.product(["ddp"], ["lora"], ["exact", "tensor"], [True, False], [False, True]),
     *itertools.product(["ddp"], ["lora"], ["sublayer-exact", "layer-exact", "sublayer"], [True, False], [False]),
-    *itertools.product(["fsdp"], ["lora"], POLICIES, [True, False], [False]),
+    *itertools.product(["fsdp"], ["lora"], POLICIES, [True], [False]),
     *itertools.product(WRAPPERS, ["lora"], ["sublayer-exact"], [True], [True]),
-    *itertools.product(WRAPPERS, ["full"], ["sublayer-exact"], [True, False], [False]),
+    *itertools.product(WRAPPERS, ["full"], ["sublayer-exact"], [True], [False]),
+    ("ddp", "full", "sublayer-exact", False, False),
 ]
+TOO_LATE = ("fsdp", "lora", "exact", False, False)
+"""Attached after sharding, which is refused."""
 
 
 def loss_of(model, ids):
@@ -109,7 +112,7 @@ def worker(folder):
     rank = int(os.environ["RANK"])
     torch.distributed.init_process_group("gloo")
     out = {}
-    for case in CASES:
+    for case in (*CASES, TOO_LATE):
         try:
             out[case] = one_case(rank, *case)
         except Exception:
@@ -207,6 +210,11 @@ def test_coded_gradients_agree_between_processes(ranks, whole, case):
     assert set(LOSSY[case[2]]) <= set(first["coded"])
     assert len(first["regions"]) == regions_of(case[2]), first["left"]
     assert 1e-3 < distance(first["gradients"], whole["lora"]) < 1.0
+
+
+def test_attaching_to_a_sharded_model_is_refused(ranks):
+    for rank in ranks:
+        assert "expected one before fully_shard; next: attach first, then shard" in rank[TOO_LATE]
 
 
 if __name__ == "__main__":

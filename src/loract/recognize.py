@@ -237,7 +237,9 @@ _FINDERS: tuple[tuple[Kind, Callable[[nn.Module], Any]], ...] = (
 
 def features_of(module: nn.Module) -> tuple[int, int] | None:
     """(in, out) features of a linear map: nn.Linear and its kin, Conv1D's transposed layout, or a LoRA layer."""
-    base: Any = getattr(module, "base_layer", module)
+    base: Any = module
+    while hasattr(base, "base_layer"):
+        base = base.base_layer
     if hasattr(base, "in_features") and hasattr(base, "out_features"):
         return int(base.in_features), int(base.out_features)
     weight = getattr(base, "weight", None)
