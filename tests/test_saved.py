@@ -6,11 +6,12 @@ import pytest
 import torch
 
 import oracles
+from loract.attention import attention_hooks
 from loract.codecs import Exact, LowRank, Quantized, State
 from loract.codecs.base import Delayed
 from loract.policy import Site
 from loract.rangefinder import Sampled, Truncated
-from loract.saved import Index, Ledger, RunningSite, attention_hooks
+from loract.saved import Index, Ledger, RunningSite
 
 
 def generator(seed=0):

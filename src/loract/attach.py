@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from loract.arguments import Draws, activations, arguments, without_empty_cache
+from loract.attention import ATTENTION, register
 from loract.blocks import RegionRole, find_regions
 from loract.codecs import Exact, Packed
 from loract.errors import LoractError, Uncopied, UnsupportedModule
@@ -34,12 +36,9 @@ from loract.recognize import (
     probe,
     recognize,
 )
-from loract.region import Draws, Region, activations, arguments, without_empty_cache
+from loract.region import Region
 from loract.residual import Residual
-from loract.saved import Index, Ledger, RunningSite, SiteStats, attention_hooks
-
-ATTENTION = "loract_sdpa"
-"""Name in transformers' attention registry; modules reach it through a copy of their config."""
+from loract.saved import Index, Ledger, RunningSite, SiteStats
 
 _MARK = "_loract_handle"
 
@@ -306,7 +305,7 @@ class Handle(Uncopied):
             self.left.append(entry)
 
     def _patch_attention(self, item: Found, site: RunningSite) -> None:
-        _register_attention()
+        register()
         config = copy.copy(item.module.config)
         # The copy reaches this module alone: masks are made by the model from its own config, which stays "sdpa".
         object.__setattr__(config, "_attn_implementation_internal", ATTENTION)
@@ -342,24 +341,6 @@ def _norm_bytes(x: Tensor, role: NormRole) -> int:
     if role.centred:
         return x.numel() * x.element_size()
     return x.numel() * (4 * 3 if x.element_size() < 4 else 2 * x.element_size())
-
-
-def _register_attention() -> None:
-    """Offer our attention to transformers' registry, under its own name, once."""
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    if ATTENTION in ALL_ATTENTION_FUNCTIONS:
-        return
-    inner = ALL_ATTENTION_FUNCTIONS["sdpa"]
-
-    def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kw: Any) -> Any:
-        site = getattr(module, "_loract_site", None)
-        if site is None or not torch.is_grad_enabled() or not query.requires_grad or site.ledger.recomputing:
-            return inner(module, query, key, value, mask, **kw)
-        with attention_hooks(site, key, value, mask):
-            return inner(module, query, key, value, mask, **kw)
-
-    ALL_ATTENTION_FUNCTIONS.register(ATTENTION, attention)
 
 
 _PATCHES: dict[type, Callable[[Handle, Found, RunningSite], None]] = {

@@ -5,10 +5,8 @@ Each kind of call is tried once, on its own first inputs, before a region takes 
 
 from __future__ import annotations
 
-import functools
 import sys
 import threading
-import weakref
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,16 +14,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from loract.arguments import Draws, Rebuild, Rest, flatten, parts
 from loract.codecs.base import Packed
 from loract.functions.base import Autocast
 from loract.functions.checkpoint import TOKENS
 from loract.functions.linear import dense_weight, supplied_linear
 from loract.saved import Ledger
-
-Rebuild = Callable[[Sequence[Tensor]], Any]
+from loract.watch import Watch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,8 +53,6 @@ class Region:
         self._lock = threading.RLock()
         self._run = threading.local()
 
-    # -- the call ---------------------------------------------------------------------------------------------------
-
     def parameters(self) -> list[Tensor]:
         """Trainable parameters as they are now (a sharding wrapper swaps them around each pass)."""
         found = {id(p): p for _, _, p in self._slots()}
@@ -84,7 +78,7 @@ class Region:
         """The tensors in what the module's own forward returns, and a function that puts others in their places."""
         with self._lock:  # another thread may have aliases in the place of the parameters
             args, kwargs = rebuild(tensors)
-            out, _, remake = _parts(self.forward(*args, **kwargs))
+            out, _, remake = parts(self.forward(*args, **kwargs))
         return out, remake
 
     def again(self, rebuild: Rebuild, draws: Draws, autocast: Autocast, unread: frozenset[int]) -> Callable[..., Any]:
@@ -111,8 +105,6 @@ class Region:
                 self._run.routing = before
         return flatten(out)[0], aliases
 
-    # -- linear maps inside -----------------------------------------------------------------------------------------
-
     def linear(self, module: Any, lookup: Callable[[Tensor], Packed | None]) -> Callable[..., Any]:
         """A forward for the linear map `module`, which in a second run supplies its value more cheaply."""
         original = module.forward
@@ -138,8 +130,6 @@ class Region:
             return supplied_linear(x, weight, module.bias, packed, read=read)
 
         return forward
-
-    # -- the trial --------------------------------------------------------------------------------------------------
 
     def _observed(self) -> str | None:
         """Why this call may not run without a graph: somebody records values inside, whose gradient would be lost."""
@@ -258,235 +248,6 @@ class _Routing:
 
     unread: frozenset[int] = frozenset()
     watch: Watch | None = None
-
-
-# -- arguments ----------------------------------------------------------------------------------------------------
-
-
-def flatten(value: Any) -> tuple[list[Tensor], list[Any]]:
-    """Tensors and other leaves of nested tuples, lists, dicts, model outputs and partials."""
-    tensors, others, _ = _parts(value)
-    return tensors, others
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rest:
-    """What a call's arguments hold beside tensors."""
-
-    key: object
-    caches: bool
-    """Whether a key-value cache is among them."""
-
-    def refused(self) -> str | None:
-        """Why a module with such arguments may not run twice."""
-        return "appends to a key-value cache that is filled" if self.caches else None
-
-
-def arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Tensor], Rebuild, Rest]:
-    """The tensors in a call's arguments, a function that puts others in their places, and the rest."""
-    tensors, others, rebuild = _parts((args, kwargs))
-    key = (str(tree_flatten((args, kwargs))[1]), tuple(_describe(o) for o in others))
-    return tensors, rebuild, Rest(key=key, caches=any(hasattr(o, "get_seq_length") for o in others))
-
-
-def activations(tensors: Sequence[Tensor], widths: frozenset[int]) -> list[Tensor]:
-    """Those of a region's inputs that a codec may code: of a width that some weight has, with a gradient or first.
-
-    Masks, rotary angles, positions and routing weights are none.
-    """
-    wide = [t for t in tensors if t.is_floating_point() and t.dim() >= 2 and t.shape[-1] in widths]
-    first = next((t for t in wide if t.requires_grad), wide[0] if wide else None)
-    return [t for t in wide if t.requires_grad or t is first]
-
-
-def without_empty_cache(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments without a key-value cache that is empty still: a second run would append to it."""
-    layer = next((i for m in module.modules() if isinstance(i := getattr(m, "layer_idx", None), int)), 0)
-
-    def dropped(value: Any) -> Any:
-        return None if hasattr(value, "get_seq_length") and not value.get_seq_length(layer) else value
-
-    return tuple(map(dropped, args)), {name: dropped(value) for name, value in kwargs.items()}
-
-
-def _parts(value: Any) -> tuple[list[Tensor], list[Any], Rebuild]:
-    leaves, spec = tree_flatten(value)
-    tensors: list[Tensor] = []
-    others: list[Any] = []
-    makers: list[Callable[[Iterator[Tensor]], Any]] = []
-    for leaf in leaves:
-        if isinstance(leaf, Tensor):
-            tensors.append(leaf)
-            makers.append(next)
-        elif isinstance(leaf, functools.partial):
-            part: functools.partial[Any] = leaf
-            inner, rest, remake = _parts((part.args, part.keywords))
-            tensors += inner
-            others += [part.func, *rest]
-            makers.append(functools.partial(_remade, part.func, remake, len(inner)))
-        else:
-            others.append(leaf)
-            makers.append(functools.partial(_same, leaf))
-    return tensors, others, lambda given: tree_unflatten([make(it) for it in [iter(given)] for make in makers], spec)
-
-
-def _same(leaf: Any, _: Iterator[Tensor]) -> Any:
-    return leaf
-
-
-def _remade(function: Callable[..., Any], remake: Rebuild, count: int, given: Iterator[Tensor]) -> Any:
-    args, kwargs = remake([next(given) for _ in range(count)])
-    return functools.partial(function, *args, **kwargs)
-
-
-def _describe(leaf: Any) -> object:
-    return leaf if isinstance(leaf, (type(None), bool, str, int, float)) else type(leaf).__qualname__
-
-
-# -- random state -------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True)
-class Draws:
-    """The global random state before a run, on the CPU and on the devices of its tensors."""
-
-    cpu: Tensor
-    devices: tuple[tuple[torch.device, Tensor], ...]
-
-    @classmethod
-    def now(cls, tensors: Sequence[Tensor]) -> Draws:
-        """The state now."""
-        devices = {t.device for t in tensors if t.is_cuda}
-        return cls(cpu=torch.get_rng_state(), devices=tuple((d, torch.cuda.get_rng_state(d)) for d in devices))
-
-    def moved(self) -> bool:
-        """Whether something was drawn since."""
-        now = [torch.get_rng_state(), *(torch.cuda.get_rng_state(d) for d, _ in self.devices)]
-        then = [self.cpu, *(state for _, state in self.devices)]
-        return not all(map(torch.equal, now, then))
-
-    @contextmanager
-    def replayed(self) -> Generator[None]:
-        """Draw what was drawn then; afterwards the global state is as it was."""
-        with torch.random.fork_rng(devices=[d for d, _ in self.devices]):
-            torch.set_rng_state(self.cpu)
-            for device, state in self.devices:
-                torch.cuda.set_rng_state(state, device)
-            yield
-
-
-# -- watching a run -----------------------------------------------------------------------------------------------
-
-_aten = torch.ops.aten
-_LINEAR = {
-    _aten.add.Tensor,
-    _aten.add_.Tensor,
-    _aten.sub.Tensor,
-    _aten.sub_.Tensor,
-    _aten.neg.default,
-    _aten._to_copy.default,
-    _aten.clone.default,
-    _aten.copy_.default,
-    _aten.cat.default,
-    _aten.native_dropout.default,
-    _aten.index_add_.default,
-    _aten.index_add.default,
-}
-"""Operators whose gradient does not depend on the operand's value."""
-_SCALING = {
-    _aten.mul.Tensor,
-    _aten.mul_.Tensor,
-    _aten.div.Tensor,
-    _aten.div_.Tensor,
-    _aten.mul.Scalar,
-    _aten.div.Scalar,
-}
-"""The same, if the factor needs no gradient."""
-_SHAPES = {_aten.empty_like.default, _aten.zeros_like.default, _aten.ones_like.default}
-"""Operators that look at shapes alone."""
-_DECISIONS = {
-    _aten.topk.default,
-    _aten.argmax.default,
-    _aten.argmin.default,
-    _aten.argsort.default,
-    _aten.sort.default,
-    _aten.sort.stable,
-    _aten.nonzero.default,
-    _aten.multinomial.default,
-    _aten.bucketize.Tensor,
-}
-
-
-_INPUT = -1
-"""The mark of values that derive from the inputs; the others are labels."""
-
-
-class Watch(TorchDispatchMode):
-    """Follows values through a run, by storage.
-
-    A label is put on each linear map's output and follows it through operators whose gradient does not read it; an
-    operator that may read it (any other, and anything inside a custom Function, where gradients are off) marks the
-    label as read. Beside it, `decides` tells whether a choice was made from a value that derives from the inputs.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.decides = False
-        self._seen: set[int] = set()
-        self._read: set[int] = set()
-        self._marks: dict[int, tuple[Any, frozenset[int]]] = {}
-
-    @property
-    def unread(self) -> frozenset[int]:
-        """Labels of values that no gradient reads."""
-        return frozenset(self._seen - self._read)
-
-    def label(self, out: Tensor, label: int) -> None:
-        """Follow this value. A map that is run twice keeps one label for both."""
-        self._seen.add(label)
-        self._mark(out, self._of(out) & {_INPUT} | {label})
-
-    def derive(self, x: Tensor) -> None:
-        """Call x an input."""
-        self._mark(x, self._of(x) | {_INPUT})
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        given = [t for t in tree_flatten((args, kwargs))[0] if isinstance(t, Tensor)]
-        marks = frozenset[int]().union(*map(self._of, given))
-        out = func(*args, **kwargs)
-        if func in _SHAPES or func.is_view:
-            return out  # a view shares its storage, and so its marks
-        self.decides |= _INPUT in marks and func in _DECISIONS
-        if not self._blind(func, given):
-            self._read |= marks - {_INPUT}
-            marks &= {_INPUT}
-        for t in tree_flatten(out)[0]:
-            if isinstance(t, Tensor) and marks:
-                self._mark(t, marks | self._of(t))
-        return out
-
-    def _blind(self, func: Any, given: Sequence[Tensor]) -> bool:
-        """Whether the gradient of this operator ignores the labelled operands' values."""
-        if not torch.is_grad_enabled():
-            return False
-        if func in _SCALING:
-            return len(given) < 2 or not given[1].requires_grad
-        return func in _LINEAR
-
-    def _of(self, t: Tensor) -> frozenset[int]:
-        return self._marks.get(t.untyped_storage()._cdata, (None, frozenset[int]()))[1]
-
-    def _mark(self, t: Tensor, marks: frozenset[int]) -> None:
-        storage = t.untyped_storage()
-        key = storage._cdata
-        # The address of a dead storage is soon another's: its marks have to go with it.
-        self._marks[key] = (weakref.ref(storage, lambda _, key=key: self._marks.pop(key, None)), marks)
-
-
-# -- checks -------------------------------------------------------------------------------------------------------
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:

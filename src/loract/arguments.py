@@ -1,0 +1,128 @@
+"""What a call is made of: the tensors inside its arguments, wherever they are, and the random state before it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+Rebuild = Callable[[Sequence[Tensor]], Any]
+"""Puts other tensors in the places of those that were found."""
+
+
+def flatten(value: Any) -> tuple[list[Tensor], list[Any]]:
+    """Tensors and other leaves of nested tuples, lists, dicts, model outputs and partials."""
+    tensors, others, _ = parts(value)
+    return tensors, others
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rest:
+    """What a call's arguments hold beside tensors."""
+
+    key: object
+    caches: bool
+    """Whether a key-value cache is among them."""
+
+    def refused(self) -> str | None:
+        """Why a module with such arguments may not run twice."""
+        return "appends to a key-value cache that is filled" if self.caches else None
+
+
+def arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Tensor], Rebuild, Rest]:
+    """The tensors in a call's arguments, a function that puts others in their places, and the rest."""
+    tensors, others, rebuild = parts((args, kwargs))
+    key = (str(tree_flatten((args, kwargs))[1]), tuple(_describe(o) for o in others))
+    return tensors, rebuild, Rest(key=key, caches=any(hasattr(o, "get_seq_length") for o in others))
+
+
+def activations(tensors: Sequence[Tensor], widths: frozenset[int]) -> list[Tensor]:
+    """Those of a region's inputs that a codec may code: of a width that some weight has, with a gradient or first.
+
+    Masks, rotary angles, positions and routing weights are none.
+    """
+    wide = [t for t in tensors if t.is_floating_point() and t.dim() >= 2 and t.shape[-1] in widths]
+    first = next((t for t in wide if t.requires_grad), wide[0] if wide else None)
+    return [t for t in wide if t.requires_grad or t is first]
+
+
+def without_empty_cache(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments without a key-value cache that is empty still: a second run would append to it."""
+    layer = next((i for m in module.modules() if isinstance(i := getattr(m, "layer_idx", None), int)), 0)
+
+    def dropped(value: Any) -> Any:
+        return None if hasattr(value, "get_seq_length") and not value.get_seq_length(layer) else value
+
+    return tuple(map(dropped, args)), {name: dropped(value) for name, value in kwargs.items()}
+
+
+def parts(value: Any) -> tuple[list[Tensor], list[Any], Rebuild]:
+    """As `flatten`, and how to put other tensors in the places of these."""
+    leaves, spec = tree_flatten(value)
+    tensors: list[Tensor] = []
+    others: list[Any] = []
+    makers: list[Callable[[Iterator[Tensor]], Any]] = []
+    for leaf in leaves:
+        if isinstance(leaf, Tensor):
+            tensors.append(leaf)
+            makers.append(next)
+        elif isinstance(leaf, functools.partial):
+            part: functools.partial[Any] = leaf
+            inner, rest, remake = parts((part.args, part.keywords))
+            tensors += inner
+            others += [part.func, *rest]
+            makers.append(functools.partial(_remade, part.func, remake, len(inner)))
+        else:
+            others.append(leaf)
+            makers.append(functools.partial(_same, leaf))
+    return tensors, others, lambda given: tree_unflatten([make(it) for it in [iter(given)] for make in makers], spec)
+
+
+def _same(leaf: Any, _: Iterator[Tensor]) -> Any:
+    return leaf
+
+
+def _remade(function: Callable[..., Any], remake: Rebuild, count: int, given: Iterator[Tensor]) -> Any:
+    args, kwargs = remake([next(given) for _ in range(count)])
+    return functools.partial(function, *args, **kwargs)
+
+
+def _describe(leaf: Any) -> object:
+    return leaf if isinstance(leaf, (type(None), bool, str, int, float)) else type(leaf).__qualname__
+
+
+@dataclass(frozen=True, kw_only=True)
+class Draws:
+    """The global random state before a run, on the CPU and on the devices of its tensors."""
+
+    cpu: Tensor
+    devices: tuple[tuple[torch.device, Tensor], ...]
+
+    @classmethod
+    def now(cls, tensors: Sequence[Tensor]) -> Draws:
+        """The state now."""
+        devices = {t.device for t in tensors if t.is_cuda}
+        return cls(cpu=torch.get_rng_state(), devices=tuple((d, torch.cuda.get_rng_state(d)) for d in devices))
+
+    def moved(self) -> bool:
+        """Whether something was drawn since."""
+        now = [torch.get_rng_state(), *(torch.cuda.get_rng_state(d) for d, _ in self.devices)]
+        then = [self.cpu, *(state for _, state in self.devices)]
+        return not all(map(torch.equal, now, then))
+
+    @contextmanager
+    def replayed(self) -> Generator[None]:
+        """Draw what was drawn then; afterwards the global state is as it was."""
+        with torch.random.fork_rng(devices=[d for d, _ in self.devices]):
+            torch.set_rng_state(self.cpu)
+            for device, state in self.devices:
+                torch.cuda.set_rng_state(state, device)
+            yield
