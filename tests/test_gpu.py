@@ -33,7 +33,8 @@ def test_no_site_waits_for_the_device(model):
             torch.cuda.set_sync_debug_mode("default")
 
 
-def test_full_rank_gradients_equal_autograd():
+@pytest.mark.parametrize("preset", ["tensor", "sublayer", "layer"])
+def test_full_rank_gradients_equal_autograd(preset):
     model, ids = causal("llama").cuda(), tokens(2, 64).cuda()
 
     def gradients():
@@ -42,12 +43,12 @@ def test_full_rank_gradients_equal_autograd():
         return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
     expected = gradients()
-    with loract.attach(model, loract.preset("tensor", codec=loract.LowRank(rank=1.0, guard=False))):
+    with loract.attach(model, loract.preset(preset, codec=loract.LowRank(rank=1.0, guard=False))):
         ours = gradients()
     assert (ours - expected).norm() <= 1e-4 * expected.norm()
 
 
-@pytest.mark.parametrize("policy", ["exact", "tensor"])
+@pytest.mark.parametrize("policy", ["exact", "tensor", "sublayer", "layer"])
 def test_forward_is_bit_identical_and_smaller(model, policy):
     ids = tokens(2, 128).cuda()
     body = model.get_base_model().model
