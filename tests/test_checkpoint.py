@@ -692,6 +692,27 @@ class Silent(Mixer):
         return self.second(torch.softmax(y @ y.mT, -1) @ y)
 
 
+class AcrossTokens(Mixer):
+    """Mixes tokens by a linear map over their positions: it takes one number of them alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.across = nn.Linear(batch().shape[1], batch().shape[1])
+
+    def forward(self, x):
+        return super().forward(self.across(x.mT).mT)
+
+
+@policies
+def test_a_module_made_for_one_number_of_tokens(policy, tolerance):
+    model, x = Stack(AcrossTokens), batch()[:1]
+    expected = backward(model, x)
+    with loract.attach(model, policy) as handle:
+        assert close(backward(model, x), expected, tolerance)
+        assert len(regions(handle)) == 2
+        assert not reasons(handle)
+
+
 @pytest.mark.parametrize("mixer", [Mixing, Silent])
 def test_a_mixture_of_tokens_that_starts_at_zero(mixer):
     results = []

@@ -6,20 +6,23 @@ import functools
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 Rebuild = Callable[[Sequence[Tensor]], Any]
 """Puts other tensors in the places of those that were found."""
 
 
-def flatten(value: Any) -> tuple[list[Tensor], list[Any]]:
-    """Tensors and other leaves of nested tuples, lists, dicts, model outputs and partials."""
-    tensors, others, _ = parts(value)
-    return tensors, others
+class Parts(NamedTuple):
+    """Tensors and other leaves of a nested value, how to put other tensors in their places, and the nesting."""
+
+    tensors: list[Tensor]
+    others: list[Any]
+    rebuild: Rebuild
+    spec: TreeSpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,9 +40,10 @@ class Rest:
 
 def arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Tensor], Rebuild, Rest]:
     """The tensors in a call's arguments, a function that puts others in their places, and the rest."""
-    tensors, others, rebuild = parts((args, kwargs))
-    key = (str(tree_flatten((args, kwargs))[1]), tuple(_describe(o) for o in others))
-    return tensors, rebuild, Rest(key=key, caches=any(hasattr(o, "get_seq_length") for o in others))
+    found = parts((args, kwargs))
+    key = (str(found.spec), tuple(_describe(o) for o in found.others))
+    caches = any(hasattr(o, "get_seq_length") for o in found.others)
+    return found.tensors, found.rebuild, Rest(key=key, caches=caches)
 
 
 def activations(tensors: Sequence[Tensor], widths: frozenset[int]) -> list[Tensor]:
@@ -56,16 +60,18 @@ def without_empty_cache(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The arguments without a key-value cache that is empty still: a second run would append to it."""
-    layer = next((i for m in module.modules() if isinstance(i := getattr(m, "layer_idx", None), int)), 0)
 
     def dropped(value: Any) -> Any:
-        return None if hasattr(value, "get_seq_length") and not value.get_seq_length(layer) else value
+        if not hasattr(value, "get_seq_length"):
+            return value
+        layer = next((i for m in module.modules() if isinstance(i := getattr(m, "layer_idx", None), int)), 0)
+        return value if value.get_seq_length(layer) else None
 
     return tuple(map(dropped, args)), {name: dropped(value) for name, value in kwargs.items()}
 
 
-def parts(value: Any) -> tuple[list[Tensor], list[Any], Rebuild]:
-    """As `flatten`, and how to put other tensors in the places of these."""
+def parts(value: Any) -> Parts:
+    """Take apart nested tuples, lists, dicts, model outputs and partials."""
     leaves, spec = tree_flatten(value)
     tensors: list[Tensor] = []
     others: list[Any] = []
@@ -76,14 +82,19 @@ def parts(value: Any) -> tuple[list[Tensor], list[Any], Rebuild]:
             makers.append(next)
         elif isinstance(leaf, functools.partial):
             part: functools.partial[Any] = leaf
-            inner, rest, remake = parts((part.args, part.keywords))
-            tensors += inner
-            others += [part.func, *rest]
-            makers.append(functools.partial(_remade, part.func, remake, len(inner)))
+            inner = parts((part.args, part.keywords))
+            tensors += inner.tensors
+            others += [part.func, *inner.others]
+            makers.append(functools.partial(_remade, part.func, inner.rebuild, len(inner.tensors)))
         else:
             others.append(leaf)
             makers.append(functools.partial(_same, leaf))
-    return tensors, others, lambda given: tree_unflatten([make(it) for it in [iter(given)] for make in makers], spec)
+
+    def rebuild(given: Sequence[Tensor]) -> Any:
+        left = iter(given)
+        return tree_unflatten([make(left) for make in makers], spec)
+
+    return Parts(tensors, others, rebuild, spec)
 
 
 def _same(leaf: Any, _: Iterator[Tensor]) -> Any:

@@ -80,7 +80,7 @@ class Handle(Uncopied):
             codec = self.policy.codec(item.site)
             if codec is None:
                 if item.site.kind not in REGIONS:
-                    self.left.append((item.site.name, type(item.module).__name__, "no rule of the policy"))
+                    self._leave(item, "no rule of the policy")
                 continue
             site = RunningSite(
                 site=item.site,
@@ -96,7 +96,7 @@ class Handle(Uncopied):
             if not all(torch.equal(a, b) for a, b in zip(expected, _observe(item), strict=True)):
                 while len(self._undo) > undone:
                     self._undo.pop()()
-                self.left.append((item.site.name, type(item.module).__name__, "values are not bit-equal"))
+                self._leave(item, "values are not bit-equal")
                 continue
             self.sites.append(site)
         for site in self.sites:  # probing counted
@@ -257,9 +257,9 @@ class Handle(Uncopied):
 
     def _patch_region(self, item: Found, site: RunningSite) -> None:
         module, role = item.module, item.role
-        region = Region(module, self.ledger, self.index.put)
+        region = Region(module, self.ledger, self.index)
         for linear in role.linears:
-            self._set(linear, "forward", region.linear(linear, self._factors))
+            self._set(linear, "forward", region.linear(linear))
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             inert = self.ledger.recomputing and site.again is None
@@ -294,10 +294,6 @@ class Handle(Uncopied):
             return out
 
         self._set(module, "forward", forward)
-
-    def _factors(self, x: Tensor) -> Packed | None:
-        packed = self.index.get(x)
-        return packed if packed is not None and packed.factored else None
 
     def _leave(self, item: Found, reason: str) -> None:
         entry = (item.site.name, type(item.module).__name__, reason)

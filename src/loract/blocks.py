@@ -134,6 +134,7 @@ def _mixes(module: nn.Module) -> bool:
 
 def _role(module: nn.Module) -> RegionRole:
     sizes = {size for p in module.parameters() if p.dim() >= 2 for size in p.shape[-2:]}
-    for m in _linears(module):  # a quantised weight has a shape of its own
+    linears = _linears(module)
+    for m in linears:  # a quantised weight has a shape of its own
         sizes |= set(features_of(m) or ())
-    return RegionRole(linears=_linears(module), widths=frozenset(sizes))
+    return RegionRole(linears=linears, widths=frozenset(sizes))

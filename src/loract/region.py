@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loract.arguments import Draws, Rebuild, Rest, flatten, parts
+from loract.arguments import Draws, Parts, Rebuild, Rest, parts
 from loract.codecs.base import Packed
 from loract.functions.base import Autocast
-from loract.functions.checkpoint import TOKENS
+from loract.functions.checkpoint import TOKENS, Again
 from loract.functions.linear import dense_weight, supplied_linear
-from loract.saved import Ledger
+from loract.saved import Index, Ledger
 from loract.watch import Watch
 
 
@@ -43,15 +43,13 @@ class Verdict:
 class Region:
     """One module whose inner activations are not kept."""
 
-    def __init__(self, module: nn.Module, ledger: Ledger, packed_of: Callable[[Tensor, Packed], None]) -> None:
-        """`packed_of(x, packed)` is told which tensor of the second run is represented by what."""
-        self.module, self.forward, self.ledger = module, module.forward, ledger
-        self.packed_of = packed_of
+    def __init__(self, module: nn.Module, ledger: Ledger, index: Index) -> None:
+        """`index` is where the sites inside look for what stands for a tensor."""
+        self.module, self.forward, self.ledger, self.index = module, module.forward, ledger, index
         self.inner = [m for m in module.modules() if m is not module]
-        self.linears: list[Any] = []
         self._verdicts: dict[object, Verdict] = {}
         self._lock = threading.RLock()
-        self._run = threading.local()
+        self._thread = threading.local()
 
     def parameters(self) -> list[Tensor]:
         """Trainable parameters as they are now (a sharding wrapper swaps them around each pass)."""
@@ -66,10 +64,10 @@ class Region:
         other values, or reads trainable tensors that are no arguments. Watched operator by operator, the second run
         also shows which linear maps' values no gradient reads.
         """
-        kinds = tuple((t.dtype, t.dim(), t.requires_grad) for t in tensors)
-        key = (rest.key, kinds, Autocast.of(tensors[0]), self._state())
         if (reason := rest.refused() or self._observed()) is not None:
             return Verdict(refused=reason)
+        kinds = tuple((t.dtype, t.dim(), t.requires_grad) for t in tensors)
+        key = (rest.key, kinds, Autocast.of(tensors[0]), self._state())
         if key not in self._verdicts:
             self._verdicts[key] = self._trial(tensors, {id(t) for t in coded}, rebuild)
         return self._verdicts[key]
@@ -77,17 +75,16 @@ class Region:
     def values(self, rebuild: Rebuild, tensors: Sequence[Tensor]) -> tuple[list[Tensor], Rebuild]:
         """The tensors in what the module's own forward returns, and a function that puts others in their places."""
         with self._lock:  # another thread may have aliases in the place of the parameters
-            args, kwargs = rebuild(tensors)
-            out, _, remake = parts(self.forward(*args, **kwargs))
-        return out, remake
+            found = self._run(rebuild, tensors)
+        return found.tensors, found.rebuild
 
-    def again(self, rebuild: Rebuild, draws: Draws, autocast: Autocast, unread: frozenset[int]) -> Callable[..., Any]:
+    def again(self, rebuild: Rebuild, draws: Draws, autocast: Autocast, unread: frozenset[int]) -> Again:
         """How to run the module a second time with a graph; see `Rerun.again`."""
 
         def run(inputs: Sequence[Tensor], packed: Sequence[Packed], skip: bool) -> tuple[list[Tensor], list[Tensor]]:
             for leaf, p in zip(inputs, packed, strict=True):
                 if p.factored:
-                    self.packed_of(leaf, p)
+                    self.index.put(leaf, p)
             routing = _Routing(unread=unread if skip else frozenset())
             return self._rerun(inputs, rebuild, draws, autocast, routing)
 
@@ -97,35 +94,37 @@ class Region:
         self, inputs: Sequence[Tensor], rebuild: Rebuild, draws: Draws, autocast: Autocast, routing: _Routing
     ) -> tuple[list[Tensor], list[Tensor]]:
         with self._lock, self._aliased() as aliases, draws.replayed(), self.ledger.recompute(), torch.enable_grad():
-            self._run.routing, before = routing, getattr(self._run, "routing", None)
+            self._thread.routing, before = routing, self._routing
             try:
-                args, kwargs = rebuild(inputs)
-                out = autocast.wrap(self.forward)(*args, **kwargs)
+                found = autocast.wrap(self._run)(rebuild, inputs)
             finally:
-                self._run.routing = before
-        return flatten(out)[0], aliases
+                self._thread.routing = before
+        return found.tensors, aliases
 
-    def linear(self, module: Any, lookup: Callable[[Tensor], Packed | None]) -> Callable[..., Any]:
+    def _run(self, rebuild: Rebuild, tensors: Sequence[Tensor]) -> Parts:
+        args, kwargs = rebuild(tensors)
+        return parts(self.forward(*args, **kwargs))
+
+    @property
+    def _routing(self) -> _Routing | None:
+        return getattr(self._thread, "routing", None)
+
+    def linear(self, module: Any) -> Callable[..., Any]:
         """A forward for the linear map `module`, which in a second run supplies its value more cheaply."""
         original = module.forward
-        self.linears.append(module)
 
         def forward(x: Tensor, *args: Any, **kwargs: Any) -> Any:
-            routing: _Routing | None = getattr(self._run, "routing", None)
-            if routing is None:
+            if (routing := self._routing) is None:
                 return original(x, *args, **kwargs)
             if routing.watch is not None:
                 out = original(x, *args, **kwargs)
                 routing.watch.label(out, id(module))
                 return out
             read = id(module) not in routing.unread
-            packed = lookup(x)
-            if read and packed is None:
-                return original(x, *args, **kwargs)
-            weight = dense_weight(module)
-            if weight is None or args or kwargs:
-                return original(x, *args, **kwargs)
-            if packed is None and weight.requires_grad:
+            packed = self.index.factors(x)
+            cheaper = (packed is not None or not read) and not args and not kwargs
+            weight = dense_weight(module) if cheaper else None
+            if weight is None or (packed is None and weight.requires_grad):
                 return original(x, *args, **kwargs)
             return supplied_linear(x, weight, module.bias, packed, read=read)
 
@@ -146,25 +145,21 @@ class Region:
         versions = [t._version for t in (*buffers, *tensors)]
         draws, autocast = Draws.now(tensors), Autocast.of(tensors[0])
         with draws.replayed(), torch.no_grad():
-            args, kwargs = rebuild(tensors)
-            first = self.forward(*args, **kwargs)
+            first = self._run(rebuild, tensors)
             drew = draws.moved()
         if [t._version for t in (*buffers, *tensors)] != versions:
             for buffer, value in zip(buffers, kept, strict=True):
                 buffer.data.copy_(value)
             return Verdict(refused="a run changes its buffers or its inputs")
-        expected, others = flatten(first)
-        if strange := [type(o).__name__ for o in others if not isinstance(o, (type(None), bool, int, float, str))]:
+        expected, plain = first.tensors, (type(None), bool, int, float, str)
+        if strange := [type(o).__name__ for o in first.others if not isinstance(o, plain)]:
             return Verdict(refused=f"returns objects other than tensors ({', '.join(strange)})")
         by_token = not drew and len(expected) == 1 and self._by_token(tensors, rebuild)
         if by_token:  # some tokens then speak for all, and the wide tensors inside need not exist as a whole
-            tensors = [
-                tensors[0]
-                .detach()
-                .reshape(1, -1, tensors[0].shape[-1])[:, :TOKENS]
-                .requires_grad_(tensors[0].requires_grad)
-            ]
-            expected = self._outputs(tensors, rebuild)
+            x = tensors[0]
+            tensors = [x.detach().reshape(1, -1, x.shape[-1])[:, :TOKENS].requires_grad_(x.requires_grad)]
+            with torch.no_grad():
+                expected = self._run(rebuild, tensors).tensors
         watch = Watch()
         inputs = [t.detach().requires_grad_(t.requires_grad) for t in tensors]
         for leaf, is_coded in zip(inputs, chosen, strict=True):
@@ -176,10 +171,9 @@ class Region:
             return Verdict(refused="a second run gives other values")
         if not _leaves(outputs) <= {id(t) for t in (*inputs, *aliases)}:
             return Verdict(refused="reads trainable tensors that are neither its arguments nor its parameters")
-        unread = frozenset(id(m) for m in self.linears) & watch.unread
         return Verdict(
             decides=watch.decides,
-            unread=unread,
+            unread=watch.unread,
             differentiable=tuple(out.requires_grad for out in outputs),
             by_token=by_token,
         )
@@ -193,21 +187,21 @@ class Region:
         x = tensors[0]
         if len(tensors) != 1 or x.dim() != 3 or x.shape[:-1].numel() < 2:
             return False
-        with self._lock, self._aliased(_shaken):
-            (whole,) = self._outputs(tensors, rebuild)
-            (part,) = self._outputs([x.reshape(-1, x.shape[-1])[None, 1::2]], rebuild)
+        with self._lock, self._aliased(_shaken), torch.no_grad():
+            (whole,) = self._run(rebuild, tensors).tensors
+            try:
+                (part,) = self._run(rebuild, [x.reshape(-1, x.shape[-1])[None, 1::2]]).tensors
+            except Exception:  # made for one number of tokens
+                return False
         if whole.shape[:-1] != x.shape[:-1]:
             return False
         whole = whole.reshape(-1, whole.shape[-1])[1::2]
+        if part.numel() != whole.numel():
+            return False
         # Products of other shapes round otherwise.
         tolerance = torch.finfo(whole.dtype).eps ** 0.75
-        difference = (part.reshape(-1, part.shape[-1]) - whole).float().norm()
-        return part.numel() == whole.numel() and bool(difference <= tolerance * whole.float().norm())
-
-    def _outputs(self, tensors: Sequence[Tensor], rebuild: Rebuild) -> list[Tensor]:
-        with torch.no_grad():
-            args, kwargs = rebuild(tensors)
-            return flatten(self.forward(*args, **kwargs))[0]
+        difference = (part.reshape(whole.shape) - whole).float().norm()
+        return bool(difference <= tolerance * whole.float().norm())
 
     def _state(self) -> tuple[object, ...]:
         """What else decides how the module runs: training flags, dropout, what trains, the adapters in force."""

@@ -50,6 +50,11 @@ class Index:
                 return packed
         return None
 
+    def factors(self, tensor: Tensor) -> Packed | None:
+        """The same, if products with it are cheaper than dense ones."""
+        packed = self.get(tensor)
+        return packed if packed is not None and packed.factored else None
+
 
 class Ledger:
     """Counts each storage once, for as long as it lives."""

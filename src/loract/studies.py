@@ -63,7 +63,8 @@ def benchmark(
     workload anew, each variant's resident peak is measured too, in a process of its own. Fidelity is measured in fp32;
     one more record holds what the model's own dtype does to the plain gradient.
     """
-    tick = Ticker(progress, WARM_STEPS + 1 + len(variants) * (rounds + 2 + (load is not None)) + 1)
+    plain = sum(v.plain for v in variants)
+    tick = Ticker(progress, WARM_STEPS + 1 + len(variants) * (rounds + 2 + (load is not None)) + 2 - plain)
     ids = work.train[-batch:]
     resident: dict[str, int] = {}
     for variant in variants if load is not None else ():
@@ -148,7 +149,7 @@ def fine_tune(
 
     Losses are those of training and of held-out text; fidelity belongs to the model as the first variant trained it.
     """
-    tick = Ticker(progress, len(variants) * (steps + 3) + 1)
+    tick = Ticker(progress, len(variants) * (steps + 3) + 2 - sum(v.plain for v in variants))
     losses: dict[str, list[float]] = {v.name: [] for v in variants}
     with fast_bf16():
         contenders = [contend(work.model, v) for v in variants]

@@ -20,6 +20,7 @@ from loract.codecs.exact import ExactPacked
 from loract.functions.base import load, save
 
 Leaves = Sequence[Tensor]
+Again = Callable[[Leaves, Sequence[Packed], bool], tuple[list[Tensor], list[Tensor]]]
 TOKENS = 1024
 """Tokens taken at a time where a region acts on each by itself: enough for efficient products."""
 
@@ -35,7 +36,7 @@ class Rerun:
     """
 
     values: Callable[[Leaves], tuple[list[Tensor], Callable[[Leaves], Any]]]
-    again: Callable[[Leaves, Sequence[Packed], bool], tuple[list[Tensor], list[Tensor]]]
+    again: Again
     operands: tuple[Packed, ...]
     differentiable: tuple[bool, ...]
     """Which outputs have a gradient."""
@@ -57,7 +58,7 @@ def checkpoint(rerun: Rerun, tensors: Leaves, parameters: Leaves) -> Any:
 class _Graph:
     """The region with its graph, rebuilt once for its own gradient and for the readers of its outputs."""
 
-    again: Callable[[Leaves, Sequence[Packed], bool], tuple[list[Tensor], list[Tensor]]]
+    again: Again
     like: tuple[tuple[torch.Size, bool], ...]
     """Shape of each input, and whether it requires a gradient."""
     by_token: bool
