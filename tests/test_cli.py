@@ -13,7 +13,8 @@ import loract
 from causal import causal
 from loract.cli import main
 from loract.cli.app import app
-from loract.cli.common import parse_dtype, parse_rank
+from loract.cli.common import parse_dtype
+from loract.policy import parse_rank
 
 VERBS = ("demo", "bench", "audit", "profile", "env")
 
@@ -62,7 +63,7 @@ def test_env_is_json():
 
 
 @pytest.mark.parametrize(
-    ("text", "value"), [("1", 1), ("1.0", 1.0), ("1/8", 0.125), ("0.25", 0.25), ("16", 16), ("1e-1", 0.1), (None, None)]
+    ("text", "value"), [("1", 1), ("1.0", 1.0), ("1/8", 0.125), ("0.25", 0.25), ("16", 16), ("1e-1", 0.1)]
 )
 def test_ranks_keep_their_type(text, value):
     assert parse_rank(text) == value

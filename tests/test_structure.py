@@ -38,6 +38,13 @@ ORDER = [
     "decomposition",
     "studies",
     "hf",
+    "config",
+    "starters",
+    "rows",
+    "runs",
+    "tasks",
+    "train",
+    "export",
     "report",
     "cli",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -115,6 +115,27 @@ class Handle(Uncopied):
     def summary(self) -> dict[str, int]:
         """How many sites of each kind are attached."""
         return dict(Counter(site.site.kind for site in self.sites))
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the sites remember between steps, in JSON's types: a resumed run draws what an unbroken one does."""
+        return {site.site.name + "/" + site.site.kind: site.state_dict() for site in self.sites}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state_dict()` of a handle with the same sites.
+
+        Raises:
+            LoractError: other sites.
+        """
+        sites = {site.site.name + "/" + site.site.kind: site for site in self.sites}
+        if sites.keys() != state.keys():
+            odd = sorted(sites.keys() ^ state.keys())
+            raise LoractError(
+                f"the state of other sites ({odd[0]} and {len(odd) - 1} more differ)",
+                "a state of the same model and policy",
+                "attach the policy that the state was made with",
+            )
+        for name, site in sites.items():
+            site.load_state_dict(state[name])
 
     def detach(self) -> None:
         """Give the model its own forwards back. Harmless when called twice."""

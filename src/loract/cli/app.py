@@ -6,6 +6,7 @@ import typer
 
 from loract import __version__
 from loract.cli import audit, bench, demo, env, profile
+from loract.cli import train as runs
 
 app = typer.Typer(
     name="loract",
@@ -14,8 +15,10 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for verb in (demo.demo, bench.bench, audit.audit, profile.profile, env.env):
+for verb in (runs.init, demo.demo, bench.bench, audit.audit, profile.profile, runs.export, env.env):
     app.command()(verb)
+for verb in (runs.train, runs.validate):
+    app.command(context_settings=runs.OVERRIDES)(verb)
 
 
 def _version(show: bool) -> None:

@@ -20,11 +20,11 @@ from loract.cli.common import (
     console,
     model_folder,
     parse_dtype,
-    parse_policy,
     progress_bar,
 )
 from loract.compare import Ticker
 from loract.cpu import fast_bf16
+from loract.policy import parse_policy
 from loract.studies import WARM_STEPS, warm
 from loract.workload import workload
 
@@ -45,7 +45,7 @@ def audit(
     The model gets LoRA adapters on all linear layers, trained for a few short steps: fresh ones have B = 0 and no
     gradient in A.
     """
-    policy = parse_policy(preset, rank, bits, exact)
+    policy = parse_policy(preset, rank=rank, bits=bits, exact=exact)
     work = workload(model_folder(model), length=length, train=batch, held_out=1, dtype=parse_dtype(dtype))
     with progress_bar() as progress, fast_bf16():
         tick = Ticker(progress, WARM_STEPS + 1)

@@ -13,11 +13,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from loract.codecs import Exact, Quantized
 from loract.compare import Progress as Callback
 from loract.errors import InvalidSpec
 from loract.memory import Record
-from loract.policy import Policy, preset
 from loract.report import markdown, rows
 from loract.weights import gemma_270m
 
@@ -36,39 +34,6 @@ Rank = Annotated[str | None, typer.Option("--rank", help="Columns (16) or share 
 Bits = Annotated[int | None, typer.Option("--bits", help="Quantise to so many bits (1 to 8) instead of low rank.")]
 ExactInputs = Annotated[bool, typer.Option("--exact", help="Keep the inputs of sublayers or layers as they are.")]
 Out = Annotated[Path, typer.Option("--out", help="Folder for the results.")]
-
-
-def parse_rank(text: str | None) -> int | float | None:
-    """An int stays an int (columns), anything with a point or a slash is a ratio.
-
-    Raises:
-        InvalidSpec: neither.
-
-    Example:
-        >>> parse_rank("1"), parse_rank("1.0"), parse_rank("1/8")
-        (1, 1.0, 0.125)
-    """
-    if text is None:
-        return None
-    try:
-        if "/" in text:
-            above, below = text.split("/")
-            return float(above) / float(below)
-        return float(text) if "." in text or "e" in text.lower() else int(text)
-    except (ValueError, ZeroDivisionError):
-        raise InvalidSpec(f"rank {text!r}", "an integer or a ratio", "try --rank 1/8") from None
-
-
-def parse_policy(name: str, rank: str | None, bits: int | None, exact: bool) -> Policy:
-    """The preset that the options name, with a rank, with quantisation or without loss.
-
-    Raises:
-        InvalidSpec: options that exclude each other, or that the preset does not take.
-    """
-    if exact and bits is not None:
-        raise InvalidSpec("both --exact and --bits", "one of them", "drop --bits")
-    codec = Exact() if exact else None if bits is None else Quantized(bits=bits)
-    return preset(name, rank=parse_rank(rank), codec=codec)
 
 
 def parse_dtype(name: str) -> torch.dtype:

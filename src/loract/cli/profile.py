@@ -22,13 +22,12 @@ from loract.cli.common import (
     console,
     model_folder,
     parse_dtype,
-    parse_policy,
     status,
 )
 from loract.compare import Contender, Variant, body_step, contend
 from loract.cpu import fast_bf16
 from loract.memory import MIB
-from loract.policy import Site
+from loract.policy import Site, parse_policy
 from loract.saved import SiteStats
 from loract.workload import workload
 
@@ -45,7 +44,7 @@ def profile(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Run one step of the decoder body without and with a policy: bytes measured, and bytes by site and layer."""
-    policy = parse_policy(preset, rank, bits, exact)
+    policy = parse_policy(preset, rank=rank, bits=bits, exact=exact)
     work = workload(model_folder(model), length=length, train=batch, held_out=1, dtype=parse_dtype(dtype))
     measured: dict[str, dict[str, float]] = {}
     sites: list[SiteStats] = []

@@ -136,6 +136,12 @@ class Delayed:
             return None
         return self._host
 
+    def wait(self) -> Tensor | None:
+        """The last value written, waiting for it; None if there was none."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._host
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Stored(Packed):

@@ -1,0 +1,284 @@
+"""The configuration of a training run: flat names of transformers, PEFT and TRL, and one block of loract's own.
+
+Read from YAML without tags, changed by `--key value` pairs, validated as a whole before anything is loaded.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+from loract.errors import InvalidSpec, LoractError, MissingExtra
+from loract.policy import Policy, parse_policy
+
+try:
+    import yaml
+    from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+except ImportError as missing:
+    raise MissingExtra(f"no {missing.name}", "pydantic and PyYAML", "pip install 'loract[all]'") from missing
+
+Task = Literal["text-generation", "text-classification", "image-classification"]
+TASKS: tuple[Task, ...] = get_args(Task)
+Share = Annotated[float, Field(ge=0, lt=1)]
+Count = Annotated[int, Field(ge=1)]
+Positive = Annotated[float, Field(gt=0)]
+
+
+class _Block(BaseModel):
+    model_config = ConfigDict(extra="forbid", protected_namespaces=(), validate_default=True, allow_inf_nan=False)
+
+
+class Compression(_Block):
+    """The block `activation_compression`: what is kept for the backward pass, and how."""
+
+    preset: Literal["exact", "tensor", "sublayer", "layer", "none"] = "exact"
+    """`none` trains without loract."""
+    rank: int | float | str | None = None
+    """Columns kept (int) or share of the features (0.125, 1/8), for every preset but exact. Default 1/8."""
+    bits: Annotated[int, Field(ge=1, le=8)] | None = None
+    """Quantise to so many bits instead of low rank."""
+    exact: bool = False
+    """Keep the inputs of sublayers or layers as they are: a checkpointing without loss."""
+    fidelity_steps: Annotated[int, Field(ge=0)] = 100
+    """Measure the gradient's error against plain autograd every so many steps, at the price of three; 0: never."""
+
+    @model_validator(mode="after")
+    def _policy_exists(self) -> Compression:
+        self.policy()
+        return self
+
+    def policy(self) -> Policy | None:
+        """The policy that the block names; None for `none`."""
+        options: dict[str, Any] = {"rank": self.rank, "bits": self.bits, "exact": self.exact}
+        if self.preset != "none":
+            return parse_policy(self.preset, **options)
+        if any(value not in (None, False) for value in options.values()):
+            raise InvalidSpec("preset none with an option", "none of rank, bits and exact", "choose another preset")
+        return None
+
+
+class ModelOptions(_Block):
+    """The model and its adapters (names of TRL's ModelConfig)."""
+
+    task: Task = "text-generation"
+    model_name_or_path: str | None = None
+    """A folder, a Hugging Face name, or packaged weights: gemma-3-270m, minilm."""
+    model_revision: str | None = None
+    model_type: str | None = None
+    """Train from scratch: the architecture, for example vit; `config_overrides` sizes it."""
+    config_overrides: dict[str, Any] = {}
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = None
+    """Of the weights. Default: the checkpoint's with adapters, float32 without."""
+    attn_implementation: str = "sdpa"
+    trust_remote_code: bool = False
+    load_in_4bit: bool = False
+    use_peft: bool = True
+    """Train LoRA adapters; false trains every weight."""
+    lora_r: Count = 16
+    lora_alpha: Positive = 32
+    lora_dropout: Share = 0.0
+    lora_target_modules: str | list[str] = "all-linear"
+    lora_modules_to_save: list[str] | None = None
+    use_rslora: bool = False
+
+
+class DataOptions(_Block):
+    """Data (names of TRL's ScriptArguments and SFTConfig)."""
+
+    dataset_name: str
+    """A file (json, csv, parquet, arrow, txt), a folder of them or of images by class, or a Hugging Face name."""
+    dataset_config: str | None = None
+    dataset_train_split: str = "train"
+    dataset_test_split: str | None = None
+    eval_dataset_name: str | None = None
+    """Evaluation data of its own."""
+    val_set_size: Share | Count = 0
+    """Hold out this share (below 1) or number of the training rows for evaluation."""
+    max_train_samples: Count | None = None
+    max_eval_samples: Count | None = None
+    dataset_text_field: str = "text"
+    label_column_name: str = "label"
+    image_column_name: str = "image"
+    max_length: Annotated[int, Field(ge=2)] | None = None
+    """Tokens a sequence; longer ones are cut. Default: 1024, or what the model allows if that is less."""
+    packing: bool = False
+    """Fill every sequence to max_length by joining texts."""
+    packing_strategy: Literal["bfd", "bfd_split", "wrapped"] = "wrapped"
+    completion_only_loss: bool | None = None
+    assistant_only_loss: bool = False
+    chat_template_path: str | None = None
+
+
+class TrainingOptions(_Block):
+    """The run (names of transformers' TrainingArguments)."""
+
+    output_dir: str
+    num_train_epochs: Positive = 3
+    max_steps: int = -1
+    per_device_train_batch_size: Count = 8
+    per_device_eval_batch_size: Count = 8
+    gradient_accumulation_steps: Count = 1
+    learning_rate: Positive = 2e-4
+    lr_scheduler_type: str = "linear"
+    warmup_steps: Annotated[float, Field(ge=0)] = 0
+    """Steps, or below 1 a share of them."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
+    optim: str = "adamw_torch"
+    adam_beta1: Share = 0.9
+    adam_beta2: Share = 0.999
+    adam_epsilon: Positive = 1e-8
+    bf16: bool | None = None
+    """Autocast to bfloat16. Default: on accelerators, for text generation, as in TRL."""
+    fp16: bool = False
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    logging_steps: Count = 10
+    eval_steps: Count | None = None
+    """Evaluate every so many steps; without it once, at the end."""
+    save_steps: Count = 100
+    save_total_limit: Count = 2
+    """Checkpoints kept; two, so that there is one before a corrupt one."""
+    report_to: list[Literal["tensorboard", "none"]] = ["tensorboard"]
+    dataloader_num_workers: Annotated[int, Field(ge=0)] = 0
+    ddp_find_unused_parameters: bool = False
+    gradient_checkpointing: bool = False
+
+    @field_validator("gradient_checkpointing")
+    @classmethod
+    def _no_checkpointing(cls, value: bool) -> bool:
+        if value:
+            raise ValueError("loract takes its place: use activation_compression: {preset: sublayer, exact: true}")
+        return value
+
+    @field_validator("report_to", mode="before")
+    @classmethod
+    def _listed(cls, value: object) -> object:
+        return [value] if isinstance(value, str) else value
+
+
+class TrainConfig(TrainingOptions, DataOptions, ModelOptions):
+    """All of it."""
+
+    activation_compression: Compression = Compression()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TrainConfig:
+        if (self.model_name_or_path is None) == (self.model_type is None):
+            raise ValueError("needs either model_name_or_path or model_type")
+        if self.model_type is not None and self.use_peft:
+            raise ValueError("model_type trains from scratch: set use_peft: false")
+        if self.load_in_4bit and not self.use_peft:
+            raise ValueError("load_in_4bit needs adapters: set use_peft: true")
+        if self.bf16 and self.fp16:
+            raise ValueError("bf16 and fp16 exclude each other")
+        if self.packing_strategy != "wrapped" and self.packing and not self.attn_implementation.startswith("flash"):
+            raise ValueError(
+                f"packing_strategy {self.packing_strategy} needs flash attention, or texts would see each other; "
+                "use wrapped"
+            )
+        if self.eval_dataset_name is not None and (self.val_set_size or self.dataset_test_split):
+            raise ValueError("eval_dataset_name excludes val_set_size and dataset_test_split")
+        if self.dataset_test_split is not None and self.val_set_size:
+            raise ValueError("dataset_test_split excludes val_set_size")
+        return self
+
+    def yaml(self) -> str:
+        """The resolved configuration, every key written out."""
+        return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True)
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
+    """Read a YAML file and apply overrides `--key value`, `--key=value`, `--block.key value`.
+
+    Raises:
+        LoractError: no such file, not YAML or with tags, an unknown key (the nearest is named), a bad value.
+    """
+    values = _mapping(Path(path))
+    for key, value in _pairs(overrides):
+        block, *names = key.split(".")
+        target = values
+        for name in names:
+            inner = target.get(block)
+            target[block] = dict(inner) if isinstance(inner, Mapping) else {}
+            target, block = target[block], name
+        target[block] = value
+    try:
+        return TrainConfig(**values)
+    except ValidationError as error:
+        raise _explained(error) from None
+
+
+def _mapping(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not a text file"
+        raise LoractError(f"config {str(path)!r} ({reason})", "a YAML file", "write one with: loract init") from None
+    try:
+        values = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        reason = " ".join(str(error).split())
+        raise LoractError(f"config {str(path)!r} ({reason})", "plain YAML without tags", "correct that line") from None
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise LoractError(f"config {str(path)!r} without keys", "lines like `key: value`", "see loract init")
+    return values
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML in which a key given twice is an error instead of the last one winning silently."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        """A dict of the node's pairs."""
+        keys = [key.value for key, _ in node.value]
+        if (twice := next((key for key in keys if keys.count(key) > 1), None)) is not None:
+            raise yaml.constructor.ConstructorError(None, None, f"key {twice!r} is given twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def _pairs(overrides: Sequence[str]) -> Iterator[tuple[str, Any]]:
+    words = list(overrides)
+    while words:
+        word = words.pop(0)
+        if not word.startswith("--"):
+            raise LoractError(f"argument {word!r}", "pairs like --learning_rate 1e-4", "put -- before the key")
+        key, equals, text = word[2:].partition("=")
+        if not equals:
+            if not words or words[0].startswith("--"):
+                raise LoractError(f"--{key} without a value", "pairs like --learning_rate 1e-4", "add the value")
+            text = words.pop(0)
+        try:
+            yield key.replace("-", "_"), yaml.safe_load(text)
+        except yaml.YAMLError:
+            yield key.replace("-", "_"), text
+
+
+def _explained(error: ValidationError) -> LoractError:
+    """The first of pydantic's complaints, in one line, with the nearest key where a key is unknown."""
+    problems = error.errors()
+    first = problems[0]
+    where = ".".join(str(part) for part in first["loc"])
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    if first["type"] == "extra_forbidden":
+        block, name = first["loc"][:-1], str(first["loc"][-1])
+        fields = Compression.model_fields if block else TrainConfig.model_fields
+        return InvalidSpec(f"unknown key {where!r}{more}", "a key of the configuration", _nearest(name, fields))
+    if first["type"] == "missing":
+        return InvalidSpec(f"no key {where!r}{more}", "this key, which has no default", f"add a line `{where}: ...`")
+    if first["type"] == "literal_error":
+        known = [word.strip("' ") for word in first["ctx"]["expected"].replace(" or ", ", ").split(",")]
+        got = f"{where}={first['input']!r}{more}"
+        return InvalidSpec(got, f"one of {', '.join(known)}", _nearest(str(first["input"]), known))
+    reason = first.get("ctx", {}).get("error")
+    if isinstance(reason, LoractError):
+        return InvalidSpec(f"{where}: {reason}{more}", "a valid block", "see docs/training.md")
+    message = first["msg"].removeprefix("Value error, ")
+    if not where:
+        return InvalidSpec(f"keys that do not fit{more}", message, "correct the configuration")
+    return InvalidSpec(f"{where}={first['input']!r}{more}", message[0].lower() + message[1:], "correct this value")
+
+
+def _nearest(name: str, known: Any) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.0)
+    return f"did you mean {close[0]!r}?"

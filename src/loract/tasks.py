@@ -1,0 +1,457 @@
+"""What `loract train` can train: for each task the checks before anything is loaded, the model and the trainer."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loract.config import Task, TrainConfig
+from loract.errors import LoractError, MissingExtra
+from loract.rows import class_names, columns_missing, converted, form_of, labelled, require_filled, split_rows
+from loract.weights import quiet, resolve
+
+try:
+    import peft
+    import transformers
+    from datasets import Dataset
+    from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, Trainer, TrainingArguments
+    from trl import SFTConfig, SFTTrainer
+except ImportError as missing:
+    raise MissingExtra(f"no {missing.name}", "the training packages", "pip install 'loract[train]'") from missing
+
+PROBED_ROWS = 100
+"""Rows that the checks tokenise."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ready:
+    """Everything that a run needs but the weights: read, checked and brought into form."""
+
+    config: TrainConfig
+    source: str | None
+    """Folder or name of the model; None: from scratch."""
+    architecture: Any
+    """The model's configuration."""
+    processor: Any
+    """Tokenizer or image processor."""
+    train: Dataset
+    test: Dataset | None
+    max_length: int = 0
+    notes: list[str] = field(default_factory=lambda: list[str]())
+    """What a user should know, one sentence each."""
+
+
+def prepare(config: TrainConfig) -> Ready:
+    """Check the configuration against the model's folder, the data and the disk; no weights are loaded.
+
+    Raises:
+        LoractError: something does not fit; the message says what.
+    """
+    source = None if config.model_name_or_path is None else resolve(config.model_name_or_path)
+    architecture = _architecture(config, source)
+    train, test = split_rows(config, config.seed)
+    ready = _PREPARE[config.task](config, source, architecture, train, test)
+    _refuse_full_disk(ready)
+    trainer_arguments(ready)
+    return ready
+
+
+def _architecture(config: TrainConfig, source: str | None) -> Any:
+    if source is None:
+        try:
+            return AutoConfig.for_model(config.model_type, **config.config_overrides)
+        except (ValueError, TypeError) as error:
+            raise LoractError(f"model_type {config.model_type!r}", "one that transformers knows", str(error)) from None
+    folder = Path(source)
+    if folder.is_dir():
+        _refuse_pickles(folder)
+    with quiet():
+        try:
+            return AutoConfig.from_pretrained(
+                source,
+                revision=config.model_revision or "main",
+                trust_remote_code=config.trust_remote_code,
+                **config.config_overrides,
+            )
+        except (OSError, ValueError) as error:
+            first = str(error).strip().splitlines()[0]
+            raise LoractError(f"model {source!r} ({first})", "a model's folder or name", "check it") from None
+
+
+def _refuse_pickles(folder: Path) -> None:
+    """Weights must be safetensors: loading a pickle may run anything.
+
+    Raises:
+        LoractError: there are none, or pickles instead.
+    """
+    if any(folder.glob("*.safetensors")):
+        return
+    pickles = sorted(p.name for kind in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in folder.glob(kind))
+    if pickles:
+        raise LoractError(
+            f"model folder {str(folder)!r} with {pickles[0]}, a pickle",
+            "safetensors: a pickle can run code",
+            "convert it where it comes from, with save_pretrained",
+        )
+    if not (folder / "config.json").exists():
+        raise LoractError(f"folder {str(folder)!r} without a model", "config.json and safetensors", "check the path")
+    raise LoractError(f"model folder {str(folder)!r} without weights", "*.safetensors", "download it again")
+
+
+def _tokenizer(config: TrainConfig, source: str) -> Any:
+    with quiet():
+        try:
+            return AutoTokenizer.from_pretrained(source, trust_remote_code=config.trust_remote_code)
+        except (OSError, ValueError) as error:
+            first = str(error).strip().splitlines()[0]
+            raise LoractError(f"no tokenizer in {source!r} ({first})", "tokenizer files", "add them") from None
+
+
+def _length(config: TrainConfig, architecture: Any, tokenizer: Any) -> int:
+    """Tokens a sequence.
+
+    Raises:
+        LoractError: more than the model has positions for.
+    """
+    positions = getattr(architecture.get_text_config(), "max_position_embeddings", None) or 2**31
+    allowed = min(positions, tokenizer.model_max_length)
+    if config.max_length is not None and config.max_length > allowed:
+        raise LoractError(
+            f"max_length={config.max_length}", f"at most {allowed}, the model's limit", f"set max_length: {allowed}"
+        )
+    return config.max_length or min(1024, allowed)
+
+
+def _text_generation(
+    config: TrainConfig, source: str | None, architecture: Any, train: Dataset, test: Dataset | None
+) -> Ready:
+    if source is None:
+        raise LoractError("text-generation from scratch", "a pretrained model", "set model_name_or_path")
+    tokenizer = _tokenizer(config, source)
+    length = _length(config, architecture, tokenizer)
+    form = form_of(train, config.dataset_text_field)
+    if config.chat_template_path is not None:
+        tokenizer.chat_template = _template(config.chat_template_path)
+    if form.chat and not tokenizer.chat_template:
+        raise LoractError(
+            f"{form.name} rows for a tokenizer without a chat template",
+            "a template that writes messages as text",
+            "set chat_template_path, or use an instruction-tuned model",
+        )
+    if config.assistant_only_loss and not form.chat:
+        raise LoractError(f"assistant_only_loss for {form.name} rows", "rows of messages", "remove it")
+    train = converted(train, form)
+    if test is not None:
+        missing = [c for c in form.columns if c not in test.column_names]
+        if missing:
+            raise columns_missing(test, " + ".join(form.columns))
+        test = converted(test, form)
+    notes = [f"{len(train)} rows of {form.name}" + (f", {len(test)} to evaluate" if test is not None else "")]
+    lengths = [len(_ids(tokenizer, row)) for row in train.select(range(min(PROBED_ROWS, len(train))))]
+    cut = sum(n > length for n in lengths)
+    if cut and not config.packing:
+        notes.append(
+            f"{cut} of the first {len(lengths)} rows have more than max_length = {length} tokens and are cut; "
+            "packing: true uses all of them"
+        )
+    if config.packing and sum(lengths) < length and len(lengths) == len(train):
+        raise LoractError(
+            f"{sum(lengths)} tokens in all", f"at least one sequence of {length}", "set a smaller max_length"
+        )
+    return Ready(
+        config=config,
+        source=source,
+        architecture=architecture,
+        processor=tokenizer,
+        train=train,
+        test=test,
+        max_length=length,
+        notes=notes,
+    )
+
+
+def _template(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        raise LoractError(f"chat_template_path {path!r}", "a Jinja file", "check the path") from None
+
+
+def _ids(tokenizer: Any, row: Mapping[str, Any]) -> Sequence[int]:
+    if "messages" in row:
+        try:
+            return tokenizer.apply_chat_template(row["messages"], tokenize=True, return_dict=True)["input_ids"]
+        except Exception as error:  # templates raise what they like
+            raise LoractError(f"messages that the chat template refuses ({error})", "its form", "check them") from None
+    text = row["text"] if "text" in row else row["prompt"] + row["completion"]
+    if not isinstance(text, str):
+        raise LoractError(f"a row whose text is {type(text).__name__}", "strings", "convert the column")
+    return tokenizer(text, truncation=False, verbose=False)["input_ids"]
+
+
+def _text_classification(
+    config: TrainConfig, source: str | None, architecture: Any, train: Dataset, test: Dataset | None
+) -> Ready:
+    if source is None:
+        raise LoractError("text-classification from scratch", "a pretrained model", "set model_name_or_path")
+    tokenizer = _tokenizer(config, source)
+    length = _length(config, architecture, tokenizer)
+    text, label = config.dataset_text_field, config.label_column_name
+    train, test = _classes(architecture, train, test, text, label)
+
+    def tokenised(rows: Dataset) -> Dataset:
+        rows = rows.select_columns([text, "labels"])
+        return rows.map(
+            lambda batch: tokenizer(batch[text], truncation=True, max_length=length),
+            batched=True,
+            remove_columns=[text],
+            desc="tokenising",
+        )
+
+    return Ready(
+        config=config,
+        source=source,
+        architecture=architecture,
+        processor=tokenizer,
+        train=tokenised(train),
+        test=None if test is None else tokenised(test),
+        max_length=length,
+        notes=[f"{len(train)} rows, {architecture.num_labels} classes"],
+    )
+
+
+def _image_classification(
+    config: TrainConfig, source: str | None, architecture: Any, train: Dataset, test: Dataset | None
+) -> Ready:
+    image, label = config.image_column_name, config.label_column_name
+    train, test = _classes(architecture, train, test, image, label)
+    processor = _image_processor(architecture, source)
+    mode = "L" if getattr(architecture, "num_channels", 3) == 1 else "RGB"
+
+    def pixels(batch: Mapping[str, Any]) -> dict[str, Any]:
+        images = [picture.convert(mode) for picture in batch[image]]
+        return {**processor(images, return_tensors="pt"), "labels": batch["labels"]}
+
+    def lazy(rows: Dataset) -> Dataset:
+        return rows.select_columns([image, "labels"]).with_transform(pixels)
+
+    return Ready(
+        config=config,
+        source=source,
+        architecture=architecture,
+        processor=processor,
+        train=lazy(train),
+        test=None if test is None else lazy(test),
+        notes=[f"{len(train)} images, {architecture.num_labels} classes"],
+    )
+
+
+def _image_processor(architecture: Any, source: str | None) -> Any:
+    with quiet():
+        if source is not None:
+            return AutoImageProcessor.from_pretrained(source)
+        size = getattr(architecture, "image_size", None)
+        if size is None:
+            raise LoractError(f"model_type {architecture.model_type!r}", "one with an image_size", "use vit")
+        half = [0.5] * getattr(architecture, "num_channels", 3)
+        return transformers.ViTImageProcessorPil(size={"height": size, "width": size}, image_mean=half, image_std=half)
+
+
+def _classes(
+    architecture: Any, train: Dataset, test: Dataset | None, inputs: str, label: str
+) -> tuple[Dataset, Dataset | None]:
+    """Rows with integer labels; the classes are told to the architecture."""
+    for rows in (train, test):
+        if rows is not None and not {inputs, label} <= set(rows.column_names):
+            raise columns_missing(rows, f"{inputs} + {label}")
+        if rows is not None:
+            require_filled(rows, (inputs, label))
+    names = class_names(train, label)
+    if len(names) < 2:
+        raise LoractError(f"one class, {names[0]!r}", "two or more", "check the labels")
+    architecture.num_labels = len(names)
+    architecture.id2label = dict(enumerate(names))
+    architecture.label2id = {name: i for i, name in enumerate(names)}
+    return labelled(train, label, names), None if test is None else labelled(test, label, names)
+
+
+_PREPARE: dict[Task, Callable[..., Ready]] = {
+    "text-generation": _text_generation,
+    "text-classification": _text_classification,
+    "image-classification": _image_classification,
+}
+
+
+def _refuse_full_disk(ready: Ready) -> None:
+    """Checkpoints must fit: adapters, or all weights, with two moments of Adam each, as often as they are kept."""
+    config = ready.config
+    if config.use_peft:
+        hidden = getattr(ready.architecture.get_text_config(), "hidden_size", 1024)
+        layers = getattr(ready.architecture.get_text_config(), "num_hidden_layers", 24)
+        trained = layers * 20 * hidden * config.lora_r
+    else:
+        trained = _weights_bytes(ready.source) // 4
+    needed = 12 * trained * (config.save_total_limit + 1) + 50 * 10**6
+    place = Path(config.output_dir).absolute()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if free < needed:
+        raise LoractError(
+            f"{free / 1e9:.2f} GB free for {config.output_dir!r}",
+            f"about {needed / 1e9:.2f} GB for {config.save_total_limit} checkpoints",
+            "free some space, or set output_dir to another disk",
+        )
+
+
+def _weights_bytes(source: str | None) -> int:
+    if source is None or not Path(source).is_dir():
+        return 0
+    return sum(p.stat().st_size for p in Path(source).glob("*.safetensors"))
+
+
+_MODELS: dict[Task, tuple[str, str | None]] = {
+    "text-generation": ("AutoModelForCausalLM", "CAUSAL_LM"),
+    "text-classification": ("AutoModelForSequenceClassification", "SEQ_CLS"),
+    "image-classification": ("AutoModelForImageClassification", None),
+}
+
+
+def build_model(ready: Ready) -> Any:
+    """The model in training mode, with adapters if configured. Only safetensors are read.
+
+    Raises:
+        LoractError: weights or adapters that do not fit the architecture, or an adapter where the loss has no
+            gradient for it.
+    """
+    config = ready.config
+    transformers.set_seed(config.seed)
+    auto: Any = getattr(transformers, _MODELS[config.task][0])
+    dtype = config.dtype or ("auto" if config.use_peft else "float32")
+    options: dict[str, Any] = {"attn_implementation": config.attn_implementation}
+    with quiet():
+        try:
+            if ready.source is None:
+                model: Any = auto.from_config(ready.architecture, **options)
+            else:
+                if config.load_in_4bit:
+                    options["quantization_config"] = transformers.BitsAndBytesConfig(
+                        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
+                    )
+                model = auto.from_pretrained(
+                    ready.source,
+                    config=ready.architecture,
+                    dtype=dtype,
+                    use_safetensors=True,
+                    revision=config.model_revision or "main",
+                    trust_remote_code=config.trust_remote_code,
+                    **options,
+                )
+        except (OSError, ValueError, RuntimeError, ImportError) as error:
+            first = str(error).strip().splitlines()[0]
+            raise LoractError(
+                f"model {ready.source or config.model_type!r} ({first})", "its weights", "check it"
+            ) from (error)
+        if config.use_peft:
+            model = _with_adapters(model, config)
+    return model.train()
+
+
+def _with_adapters(model: Any, config: TrainConfig) -> Any:
+    head = _head(model, config.task)
+    options = peft.LoraConfig(
+        task_type=_MODELS[config.task][1],
+        r=config.lora_r,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules=config.lora_target_modules,
+        exclude_modules=head,
+        modules_to_save=config.lora_modules_to_save or head,
+        use_rslora=config.use_rslora,
+    )
+    try:
+        adapted: Any = peft.get_peft_model(model, options)
+    except ValueError as error:
+        first = str(error).strip().splitlines()[0]
+        raise LoractError(
+            f"lora_target_modules={config.lora_target_modules!r} ({first})",
+            "names of linear layers",
+            "use all-linear",
+        ) from None
+    if config.task == "text-generation":
+        output = adapted.get_output_embeddings()
+        if output is not None and (hasattr(output, "lora_A") or hasattr(output, "modules_to_save")):
+            # The chunked loss reads the head's weight and never runs the module: an adapter there would not train.
+            raise LoractError(
+                "an adapter on the output embeddings",
+                "adapters on other layers: the loss is taken in pieces from the head's weight alone",
+                "take the output layer out of lora_target_modules and lora_modules_to_save",
+            )
+    return adapted
+
+
+def _head(model: Any, task: Task) -> list[str] | None:
+    """The new classification layer, which has to train as a whole where PEFT does not know the task."""
+    if task != "image-classification":
+        return None
+    names = [name for name, _ in model.named_children() if name in ("classifier", "score", "head")]
+    return names or None
+
+
+def trainer_arguments(ready: Ready) -> Any:
+    """Arguments for the trainer: every key of the configuration that it knows."""
+    config = ready.config
+    kind: Any = SFTConfig if config.task == "text-generation" else TrainingArguments
+    known = {f.name for f in dataclasses.fields(kind)}
+    values = {key: value for key, value in config.model_dump().items() if key in known}
+    values.pop("gradient_checkpointing", None)  # its old name
+    accelerated = torch.accelerator.is_available() and not config.fp16
+    evaluated = config.eval_steps is not None and ready.test is not None
+    values |= {
+        "bf16": (accelerated and config.task == "text-generation") if config.bf16 is None else config.bf16,
+        "eval_strategy": "steps" if evaluated else "no",
+        "save_strategy": "steps",
+        "save_total_limit": None,  # the run's folder keeps count: a checkpoint goes when a later one is whole
+        "report_to": "none",
+        "disable_tqdm": True,
+        "logging_nan_inf_filter": False,
+        "remove_unused_columns": config.task != "image-classification",
+        next(name for name in ("activation_checkpointing", "gradient_checkpointing") if name in known): False,
+    }
+    if config.task == "text-generation":
+        values |= {"max_length": ready.max_length, "dataset_text_field": "text", "chat_template_path": None}
+    else:
+        values |= {"label_names": ["labels"]}
+    try:
+        return kind(**values)
+    except (ValueError, TypeError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise LoractError(f"arguments that transformers refuses ({first})", "others", "change them") from None
+
+
+TRAINERS: dict[Task, type[Any]] = {
+    "text-generation": SFTTrainer,
+    "text-classification": Trainer,
+    "image-classification": Trainer,
+}
+
+
+def accuracy(prediction: Any) -> dict[str, float]:
+    """Share of rows whose largest logit is the label's."""
+    logits, labels = prediction.predictions, prediction.label_ids
+    return {"accuracy": float((logits.argmax(-1) == labels).mean())}
+
+
+def stack_images(rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+    """A batch of images."""
+    return {
+        "pixel_values": torch.stack([row["pixel_values"] for row in rows]),
+        "labels": torch.tensor([row["labels"] for row in rows]),
+    }

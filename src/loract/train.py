@@ -1,0 +1,473 @@
+"""A training run: the trainer of the task with loract attached, checkpoints that are whole, resuming bit for bit."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import signal
+import statistics
+import threading
+import time
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from torch import nn
+from transformers import DataCollatorWithPadding, Trainer, TrainerCallback, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
+
+from loract.attach import attach
+from loract.audit import Fidelity, audit
+from loract.codecs import Exact
+from loract.config import TrainConfig
+from loract.cpu import fast_bf16
+from loract.errors import LoractError
+from loract.hf import LoractCallback
+from loract.memory import MIB, peak_rss_bytes
+from loract.runs import CONFIG, SUMMARY, Run
+from loract.saved import SiteStats
+from loract.tasks import TRAINERS, Ready, accuracy, build_model, prepare, stack_images, trainer_arguments
+from loract.weights import quiet
+
+STATE = "loract_state_{rank}.json"
+_CARRIED = ("_total_loss_scalar", "_globalstep_last_logged", "_total_train_tokens")
+"""What the trainers count beside their state file, and would start again at zero when resumed."""
+RESUMABLE = {
+    *("output_dir", "num_train_epochs", "max_steps", "logging_steps", "eval_steps", "save_steps", "save_total_limit"),
+    *("report_to", "dataloader_num_workers", "per_device_eval_batch_size", "max_eval_samples"),
+}
+"""Keys that may differ from the run that is resumed; any other would make it another run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What a run came to."""
+
+    steps: int
+    finished: bool
+    """False: stopped by a signal; a checkpoint of the last step is there."""
+    first_loss: float | None
+    last_loss: float | None
+    evaluation: dict[str, float]
+    step_seconds: float | None
+    """Median over the logged intervals of this process."""
+    saved_mib: float | None
+    before_mib: float | None
+    """What loract keeps and what plain autograd keeps at the attached sites."""
+    peak_mib: float
+    """Of the device's allocator, or the resident memory of a CPU process."""
+    cosine: float | None
+    relative_error: float | None
+    """Of the gradient, at the last measurement; None: never measured, because lossless or switched off."""
+    output: str | None
+    """Folder of the adapter, or of the model where all weights train."""
+
+
+def train(
+    ready: Ready,
+    *,
+    resume: bool = False,
+    checkpoint: str | None = None,
+    overwrite: bool = False,
+    callbacks: Sequence[TrainerCallback] = (),
+    tell: Callable[[str], None] = lambda _: None,
+) -> Result:
+    """Train as configured into `config.output_dir`, from the last whole checkpoint with `resume`.
+
+    `tell` receives sentences for the user. SIGINT or SIGTERM ends the run after the present step, with a checkpoint.
+
+    Raises:
+        LoractError: the folder is in use, a checkpoint is damaged, the disk is full, the loss is not finite, or the
+            model or its gradients do not fit into memory.
+    """
+    config, state = ready.config, PartialState()
+    run = Run(folder=Path(config.output_dir))
+    if state.is_main_process:
+        if resume:
+            _refuse_changes(run, config)
+        run.start(resume=resume, overwrite=overwrite)
+        run.write(CONFIG, config.yaml())
+    state.wait_for_everyone()
+    start = _starting_point(run, resume, checkpoint, tell)
+    if state.is_main_process:
+        run.forget_metrics_after(0 if start is None else int(start.name.rpartition("-")[2]))
+    model = build_model(ready)
+    policy = config.activation_compression.policy()
+    compression = None if policy is None else LoractCallback(policy, seed=config.seed)
+    stop = _Stop()
+    trainer = _trainer(ready, model)
+    trainer.setup(run, compression, start, config)
+    for callback in (compression, _Follow(trainer, run, stop), *_boards(config, run, start), *callbacks):
+        if callback is not None:
+            trainer.add_callback(callback)
+    try:
+        with stop.listening(), fast_bf16():
+            done = trainer.take_finished()
+            if not done:
+                trainer.train(resume_from_checkpoint=None if start is None else str(start))
+            evaluation = {} if stop.asked or ready.test is None else trainer.evaluate()
+    except torch.OutOfMemoryError as error:
+        raise LoractError(
+            f"no memory left at step {trainer.state.global_step + 1}",
+            "a step that fits",
+            "try activation_compression.preset sublayer or layer, or a smaller per_device_train_batch_size",
+        ) from error
+    finally:
+        if compression is not None:
+            compression.detach()
+    finished = done or trainer.state.global_step >= trainer.state.max_steps
+    output = "adapter" if config.use_peft else "model"
+    if finished:
+        with trainer.saved(output) as folder:
+            trainer.save_model(str(folder), _internal_call=True)
+            if state.is_main_process and config.use_peft and config.task != "text-generation":
+                ready.architecture.save_pretrained(folder)  # the classes, which the base model does not know
+    result = trainer.result(finished, evaluation, str(run.folder / output) if finished else None)
+    if state.is_main_process:
+        run.write(SUMMARY, json.dumps(asdict(result), indent=1))
+    return result
+
+
+def plan(ready: Ready) -> tuple[list[SiteStats], list[tuple[str, str, str]], int, int]:
+    """Without training: the sites, what is left exact and why, and how many parameters train of how many."""
+    model = build_model(ready)
+    total = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    policy = ready.config.activation_compression.policy()
+    if policy is None:
+        return [], [], trained, total
+    with attach(model, policy) as handle:
+        return handle.stats(), list(handle.left), trained, total
+
+
+def _refuse_changes(run: Run, config: TrainConfig) -> None:
+    """A resumed run must be the same run.
+
+    Raises:
+        LoractError: its configuration says otherwise.
+    """
+    import yaml
+
+    path = run.folder / CONFIG
+    if not path.is_file():
+        return  # Run.start says it
+    before, now = yaml.safe_load(path.read_text(encoding="utf-8")), config.model_dump()
+    for key in now.keys() - RESUMABLE:
+        if key in before and before[key] != now[key]:
+            raise LoractError(
+                f"{key}={now[key]!r} for a run that was started with {before[key]!r}",
+                "the configuration of the run that is resumed",
+                f"set {key} back, or start a run in another output_dir",
+            )
+
+
+def _starting_point(run: Run, resume: bool, checkpoint: str | None, tell: Callable[[str], None]) -> Path | None:
+    if checkpoint is not None:
+        if not resume:
+            raise LoractError("--checkpoint without --resume", "both", "add --resume")
+        return run.checkpoint(checkpoint)
+    if not resume:
+        return None
+    start, faults = run.last_good()
+    for fault in faults:
+        tell(f"damaged, not used: {fault}")
+    tell(f"resuming from {start.name}" if start is not None else "no whole checkpoint: starting from the beginning")
+    return start
+
+
+class _Run(Trainer):
+    """What `loract train` adds to a trainer: whole checkpoints, carried counters, fidelity."""
+
+    run: Run
+    compression: LoractCallback | None
+    start: Path | None
+    config: TrainConfig
+    fidelity_steps: int
+    _staging: Path | None = None
+    _measured_at = -1
+
+    def setup(self, run: Run, compression: LoractCallback | None, start: Path | None, config: TrainConfig) -> None:
+        """Tell it about its run, before training."""
+        self.run, self.compression, self.start, self.config = run, compression, start, config
+        lossy = compression is not None and any(not isinstance(r.codec, Exact) for r in compression.policy.rules)
+        self.fidelity_steps = config.activation_compression.fidelity_steps if lossy else 0
+        self.fidelity: Fidelity | None = None
+        self.step_seconds: list[float] = []
+
+    def result(self, finished: bool, evaluation: Mapping[str, float], output: str | None) -> Result:
+        """The summary, from what was logged."""
+        logs = [log for log in self.state.log_history if "loss" in log]
+        last = logs[-1] if logs else {}
+        return Result(
+            steps=self.state.global_step,
+            finished=finished,
+            first_loss=logs[0]["loss"] if logs else None,
+            last_loss=last.get("loss"),
+            evaluation={k.removeprefix("eval_"): v for k, v in evaluation.items()},
+            step_seconds=statistics.median(self.step_seconds) if self.step_seconds else None,
+            saved_mib=last.get("loract/saved_mib"),
+            before_mib=last.get("loract/before_mib"),
+            peak_mib=peak_mib(),
+            cosine=None if self.fidelity is None else self.fidelity.cosine,
+            relative_error=None if self.fidelity is None else self.fidelity.relative_error,
+            output=output,
+        )
+
+    # Saving
+
+    @contextmanager
+    def saved(self, name: str) -> Generator[Path]:
+        """A folder for all processes to write to, which the first one publishes as `name`."""
+        main = self.is_world_process_zero()
+        self.accelerator.wait_for_everyone()
+        with self.run.saving(name, publish=main) as folder:
+            yield folder
+            self.accelerator.wait_for_everyone()
+        self.accelerator.wait_for_everyone()
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self.run.folder) if self._staging is None else str(self._staging)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        name = f"checkpoint-{self.state.global_step}"
+        with self.saved(name) as folder:
+            self._staging = folder.parent  # the trainer adds checkpoint-N itself
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self._staging = None
+            path = folder / STATE.format(rank=self.args.process_index)
+            path.write_text(json.dumps(self._carried()), encoding="utf-8")
+        if self.is_world_process_zero():
+            self.run.rotate(self.config.save_total_limit)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        super()._save(output_dir, state_dict)
+        if output_dir is not None:  # a pickle that nobody reads: config.yaml has it all
+            (Path(output_dir) / "training_args.bin").unlink(missing_ok=True)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """None: PEFT writes one into the adapter's folder."""
+
+    # What a resumed run has to know
+
+    def _carried(self) -> dict[str, Any]:
+        handle = None if self.compression is None else self.compression.handle
+        return {
+            "sites": None if handle is None else handle.state_dict(),
+            "loss": self._tr_loss.item(),
+            "counters": {name: getattr(self, name) for name in _CARRIED if hasattr(self, name)},
+            "metrics": dict(getattr(self, "_metrics", {}).get("train", {})),
+        }
+
+    def carry_on(self) -> None:
+        """Put back what `_carried` saved; after attaching, before the first step."""
+        if self.start is None:
+            return
+        path = self.start / STATE.format(rank=self.args.process_index)
+        if not path.is_file():
+            raise LoractError(
+                f"{self.start.name}, which other numbers of processes wrote",
+                "as many processes as the run had",
+                "resume with the same --nproc-per-node",
+            )
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        if self.compression is not None and self.compression.handle is not None:
+            self.compression.handle.load_state_dict(kept["sites"])
+        self._tr_loss.fill_(kept["loss"])
+        for name, value in kept["counters"].items():
+            setattr(self, name, value)
+        if hasattr(self, "_metrics"):
+            self._metrics["train"].update(kept["metrics"])
+
+    def take_finished(self) -> bool:
+        """Whether the checkpoint is the end of what is configured; if so, it is loaded.
+
+        The trainer itself would take one step more.
+        """
+        if self.start is None:
+            return False
+        state = TrainerState.load_from_json(str(self.start / TRAINER_STATE_NAME))
+        if self.config.max_steps > 0:
+            done = state.global_step >= self.config.max_steps
+        else:
+            done = (state.epoch or 0) >= self.config.num_train_epochs
+        if done:
+            self._load_from_checkpoint(str(self.start))
+            self.state = state
+        return done
+
+    # Fidelity
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        """One micro-batch; before the first one of a step whose turn it is, the gradient's error is measured."""
+        step = self.state.global_step + 1
+        due = self.fidelity_steps > 0 and (step % self.fidelity_steps == 0 or step == self.state.max_steps)
+        if due and self._measured_at != step:
+            self._measured_at = step
+            self._measure(inputs, num_items_in_batch)
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    def _measure(self, inputs: Mapping[str, Any], count: Any) -> None:
+        assert self.compression is not None
+        counted = {name: copy.deepcopy(getattr(self, name)) for name in _COUNTED if hasattr(self, name)}
+        batch = self._prepare_inputs(dict(inputs))
+
+        def loss(model: nn.Module, batch: Any) -> torch.Tensor:
+            with self.compute_loss_context_manager():
+                return self.compute_loss(model, dict(batch), num_items_in_batch=count)  # type: ignore[no-any-return]
+
+        with self.compression.paused() as plain:
+            self.fidelity = audit(plain, batch, self.compression.policy, loss, seed=self.args.seed)
+        for name, value in counted.items():
+            setattr(self, name, value)
+
+
+_COUNTED = ("_metrics", "_total_train_tokens")
+"""What computing a loss changes in the trainer."""
+
+
+def _trainer(ready: Ready, model: Any) -> Any:
+    """The task's trainer with `_Run` before it."""
+    config, base = ready.config, TRAINERS[ready.config.task]
+    kind: Any = _Run if base is Trainer else type("Run", (_Run, base), {})
+    options: dict[str, Any] = {}
+    if config.task == "text-classification":
+        options = {"data_collator": DataCollatorWithPadding(ready.processor), "compute_metrics": accuracy}
+    elif config.task == "image-classification":
+        options = {"data_collator": stack_images, "compute_metrics": accuracy}
+    with quiet():
+        trainer = kind(
+            model=model,
+            args=trainer_arguments(ready),
+            train_dataset=ready.train,
+            eval_dataset=ready.test,
+            processing_class=ready.processor,
+            **options,
+        )
+    from transformers import PrinterCallback
+
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+class _Follow(TrainerCallback):
+    """Restores, writes metrics, stops on a signal or on a loss that is not finite."""
+
+    def __init__(self, trainer: Any, run: Run, stop: _Stop) -> None:
+        self.trainer, self.run, self.stop = trainer, run, stop
+        self._since: tuple[int, float] | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.carry_on()
+        self._since = (state.global_step, time.perf_counter())
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.stop.agreed(self.trainer.accelerator):
+            control.should_save = True
+            control.should_training_stop = True
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        if not logs or "train_runtime" in logs:
+            return
+        added: dict[str, Any] = {}
+        if "loss" in logs:
+            if not math.isfinite(logs["loss"]):
+                kept = self.run.checkpoints()
+                raise LoractError(
+                    f"loss {logs['loss']} at step {state.global_step}",
+                    "a finite loss",
+                    "lower learning_rate or set max_grad_norm"
+                    + (f"; {kept[-1].name} is from before" if kept and _finite(state) else ""),
+                )
+            assert self._since is not None
+            step, then = self._since
+            now = time.perf_counter()
+            added = {"step_seconds": (now - then) / max(1, state.global_step - step), "peak_mib": peak_mib()}
+            self._since = (state.global_step, now)
+            self.trainer.step_seconds.append(added["step_seconds"])
+            errors = [] if (handle := _handle(self.trainer)) is None else [s.error for s in handle.stats()]
+            if errors := [e for e in errors if e is not None]:
+                added["loract/error"] = sum(errors) / len(errors)
+            if (fidelity := self.trainer.fidelity) is not None:
+                added |= {"loract/cosine": fidelity.cosine, "loract/gradient_error": fidelity.relative_error}
+        logs.update(added)
+        if state.log_history:
+            state.log_history[-1].update(added)
+        if state.is_world_process_zero:
+            self.run.add_metrics({"step": state.global_step, **logs})
+
+
+def _handle(trainer: Any) -> Any:
+    return None if trainer.compression is None else trainer.compression.handle
+
+
+def _finite(state: Any) -> bool:
+    return all(math.isfinite(log["loss"]) for log in state.log_history[:-1] if "loss" in log)
+
+
+@dataclass
+class _Stop:
+    """Whether somebody asked the run to end."""
+
+    asked: bool = False
+    _before: dict[int, Any] = field(default_factory=lambda: dict[int, Any]())
+
+    @contextmanager
+    def listening(self) -> Generator[None]:
+        """The first SIGINT or SIGTERM asks; a second one acts as always."""
+        main = threading.current_thread() is threading.main_thread()
+        for number in (signal.SIGINT, signal.SIGTERM) if main else ():
+            self._before[number] = signal.signal(number, self._ask)
+        try:
+            yield
+        finally:
+            self._restore()
+
+    def _ask(self, *_: object) -> None:
+        self.asked = True
+        self._restore()
+
+    def _restore(self) -> None:
+        while self._before:
+            number, handler = self._before.popitem()
+            signal.signal(number, handler)
+
+    def agreed(self, accelerator: Any) -> bool:
+        """Whether any process was asked: all of them must stop at the same step."""
+        if accelerator.num_processes > 1:
+            asked = torch.tensor([float(self.asked)], device=accelerator.device)
+            self.asked = bool(accelerator.reduce(asked, "sum").item())
+        return self.asked
+
+
+def _boards(config: TrainConfig, run: Run, start: Path | None) -> list[TrainerCallback]:
+    """TensorBoard in the run's folder, where it is installed and wanted."""
+    if "tensorboard" not in config.report_to or not PartialState().is_main_process:
+        return []
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+        from transformers.integrations import TensorBoardCallback
+    except ImportError:
+        raise LoractError(
+            "report_to: tensorboard, which is not installed",
+            "the package",
+            "pip install tensorboard, or report_to: none",
+        ) from None
+    step = None if start is None else int(start.name.rpartition("-")[2]) + 1
+    return [TensorBoardCallback(SummaryWriter(str(run.folder / "tensorboard"), purge_step=step))]
+
+
+def peak_mib() -> float:
+    """Peak of this process so far: allocated on the device, resident on a CPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / MIB
+    return peak_rss_bytes() / MIB
+
+
+__all__ = ["Ready", "Result", "plan", "prepare", "train"]

@@ -1,0 +1,123 @@
+"""Tiny folders to train from: models with tokenizers, data, configurations. As a script: a run that dies on purpose.
+
+python training.py CONFIG MOMENT N: trains (resuming if there is a run) and kills itself with SIGKILL at the Nth
+`step` (inside its backward pass), `seal` (a checkpoint written but not complete) or `rename` (complete, not published).
+"""
+
+import json
+import os
+import signal
+import string
+import sys
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import tokenizers
+import torch
+import transformers
+import yaml
+
+from tiny import build
+
+LETTERS = string.ascii_lowercase + string.ascii_uppercase + string.digits + " .,:;!?-_()#\n"
+TEXT = "the quick brown fox jumps over the lazy dog, and then it sleeps. "
+
+
+def tokenizer():
+    words = {"<pad>": 0, "<s>": 1, "</s>": 2, **{letter: i for i, letter in enumerate(LETTERS, 3)}}
+    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<pad>"))
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=inner,
+        pad_token="<pad>",
+        unk_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        model_max_length=256,
+    )
+
+
+def save_model(path, family="llama"):
+    config = build(family)[0].get_base_model().config
+    torch.manual_seed(0)
+    auto = transformers.AutoModelForCausalLM if family == "llama" else transformers.AutoModel
+    auto.from_config(config).save_pretrained(path)
+    tokenizer().save_pretrained(path)
+    return str(path)
+
+
+def write_rows(path, rows):
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def texts(count=24):
+    return [{"text": TEXT[i % 20 :] + str(i)} for i in range(count)]
+
+
+def settings(model, data, output, **changes):
+    return {
+        "model_name_or_path": str(model),
+        "dataset_name": str(data),
+        "output_dir": str(output),
+        "lora_r": 4,
+        "max_length": 48,
+        "max_steps": 6,
+        "per_device_train_batch_size": 2,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "save_steps": 2,
+        "report_to": "none",
+        **changes,
+    }
+
+
+def write_config(path, values):
+    Path(path).write_text(yaml.safe_dump(values), encoding="utf-8")
+    return str(path)
+
+
+def losses(folder):
+    return [(m["step"], m["loss"], m["grad_norm"]) for m in metrics(folder) if "loss" in m]
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+
+
+def _die_at(moment, count):
+    import loract.runs
+    import loract.train
+
+    seen = [0]
+
+    def dying(function):
+        def wrapped(*args, **kwargs):
+            seen[0] += 1
+            if seen[0] == count:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*args, **kwargs)
+
+        return wrapped
+
+    if moment == "seal":
+        loract.runs.seal = dying(loract.runs.seal)
+    elif moment == "rename":
+        Path.rename = dying(Path.rename)
+    elif moment == "step":
+        torch.autograd.backward = dying(torch.autograd.backward)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    from loract.config import load_config
+    from loract.tasks import prepare
+    from loract.train import train
+
+    name, moment, count = sys.argv[1:]
+    config = load_config(name)
+    _die_at(moment, int(count))
+    train(prepare(config), resume=(Path(config.output_dir) / "config.yaml").exists())
