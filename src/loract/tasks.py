@@ -415,6 +415,7 @@ def trainer_arguments(ready: Ready) -> Any:
     accelerated = torch.accelerator.is_available() and not config.fp16
     evaluated = config.eval_steps is not None and ready.test is not None
     values |= {
+        "use_cpu": not torch.accelerator.is_available(),  # without it processes on CPUs do not find each other
         "bf16": (accelerated and config.task == "text-generation") if config.bf16 is None else config.bf16,
         "eval_strategy": "steps" if evaluated else "no",
         "save_strategy": "steps",

@@ -85,7 +85,7 @@ def train(
         LoractError: the folder is in use, a checkpoint is damaged, the disk is full, the loss is not finite, or the
             model or its gradients do not fit into memory.
     """
-    config, state = ready.config, PartialState()
+    config, state = ready.config, PartialState(cpu=not torch.accelerator.is_available())
     run = Run(folder=Path(config.output_dir))
     if state.is_main_process:
         if resume:
@@ -259,6 +259,7 @@ class _Run(Trainer):
     def _carried(self) -> dict[str, Any]:
         handle = None if self.compression is None else self.compression.handle
         return {
+            "processes": self.args.world_size,
             "sites": None if handle is None else handle.state_dict(),
             "loss": self._tr_loss.item(),
             "counters": {name: getattr(self, name) for name in _CARRIED if hasattr(self, name)},
@@ -270,13 +271,13 @@ class _Run(Trainer):
         if self.start is None:
             return
         path = self.start / STATE.format(rank=self.args.process_index)
-        if not path.is_file():
+        kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        if kept.get("processes") != self.args.world_size:
             raise LoractError(
-                f"{self.start.name}, which other numbers of processes wrote",
+                f"{self.start.name}, written by another number of processes than {self.args.world_size}",
                 "as many processes as the run had",
-                "resume with the same --nproc-per-node",
+                f"resume with {kept['processes']}" if kept else "resume with fewer",
             )
-        kept = json.loads(path.read_text(encoding="utf-8"))
         if self.compression is not None and self.compression.handle is not None:
             self.compression.handle.load_state_dict(kept["sites"])
         self._tr_loss.fill_(kept["loss"])
