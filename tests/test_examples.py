@@ -51,12 +51,12 @@ def test_gemma_learns_python(folder, monkeypatch):
     import peft
     from transformers import AutoModelForCausalLM
 
-    import loract.train as running
+    from loract.tasks import Ready
     from loract.weights import gemma_270m
 
     kept = []
-    original = running.build_model
-    monkeypatch.setattr(running, "build_model", lambda ready: kept.append(original(ready)) or kept[0])
+    original = Ready.load
+    monkeypatch.setattr(Ready, "load", lambda ready: kept.append(original(ready)) or kept[0])
     result, run = go(folder, monkeypatch, "gemma_text", "--max_steps", "6", "--max_length", "128", "--save_steps", "6")
     assert result.last_loss < result.first_loss
     assert result.evaluation["loss"] < 4

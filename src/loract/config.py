@@ -77,7 +77,7 @@ class ModelOptions(_Block):
     use_peft: bool = True
     """Train LoRA adapters; false trains every weight."""
     lora_r: Count = 16
-    lora_alpha: Positive = 32
+    lora_alpha: Count = 32
     lora_dropout: Share = 0.0
     lora_target_modules: str | list[str] = "all-linear"
     lora_modules_to_save: list[str] | None = None
@@ -258,6 +258,7 @@ def _explained(error: ValidationError) -> LoractError:
     """The first of pydantic's complaints, in one line, with the nearest key where a key is unknown."""
     problems = error.errors()
     first = problems[0]
+    context = first.get("ctx", {})
     where = ".".join(str(part) for part in first["loc"])
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     if first["type"] == "extra_forbidden":
@@ -267,10 +268,10 @@ def _explained(error: ValidationError) -> LoractError:
     if first["type"] == "missing":
         return InvalidSpec(f"no key {where!r}{more}", "this key, which has no default", f"add a line `{where}: ...`")
     if first["type"] == "literal_error":
-        known = [word.strip("' ") for word in first["ctx"]["expected"].replace(" or ", ", ").split(",")]
+        known = [word.strip("' ") for word in context["expected"].replace(" or ", ", ").split(",")]
         got = f"{where}={first['input']!r}{more}"
         return InvalidSpec(got, f"one of {', '.join(known)}", _nearest(str(first["input"]), known))
-    reason = first.get("ctx", {}).get("error")
+    reason = context.get("error")
     if isinstance(reason, LoractError):
         return InvalidSpec(f"{where}: {reason}{more}", "a valid block", "see docs/training.md")
     message = first["msg"].removeprefix("Value error, ")

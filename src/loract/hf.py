@@ -12,7 +12,7 @@ from torch import nn
 from loract.attach import Handle, attach
 from loract.errors import LoractError, MissingExtra
 from loract.memory import MIB
-from loract.policy import Policy, as_policy
+from loract.policy import REGIONS, Policy, as_policy
 
 try:
     from transformers import TrainerCallback
@@ -23,8 +23,9 @@ except ImportError as missing:
 class LoractCallback(TrainerCallback):
     """Attach at the start of training, detach at its end, report the bytes in the trainer's logs.
 
-    Every log with a training loss gains `loract/saved_mib` and `loract/before_mib`: what loract keeps and what plain
-    autograd keeps at the attached sites, over the last forward pass with gradients, in this process. Integrations
+    Every log with a training loss gains `loract/saved_mib` and, unless modules run again in backward,
+    `loract/before_mib`: what loract keeps and what plain autograd keeps at the attached sites, over the last forward
+    pass with gradients, in this process. Integrations
     named in `report_to` run before callbacks passed to the trainer, so they see those numbers only if this one is
     moved to the front of `trainer.callback_handler.callbacks`; `trainer.state.log_history` always has them.
     Evaluation during training runs the model's own forwards. The KV cache is off while attached.
@@ -103,10 +104,9 @@ class LoractCallback(TrainerCallback):
         if self.handle is None or logs is None or "loss" not in logs:
             return
         stats = self.handle.stats()
-        numbers = {
-            "loract/saved_mib": sum(site.bytes_after for site in stats) / MIB,
-            "loract/before_mib": sum(site.bytes_before for site in stats) / MIB,
-        }
+        numbers = {"loract/saved_mib": sum(site.bytes_after for site in stats) / MIB}
+        if not any(site.kind in REGIONS for site in stats):  # inside a region nobody counts what is not kept
+            numbers["loract/before_mib"] = sum(site.bytes_before for site in stats) / MIB
         logs.update(numbers)
         # The trainer has put a copy of the log into the history before it calls its callbacks.
         if state.log_history and "loss" in state.log_history[-1]:

@@ -1,4 +1,4 @@
-"""What `loract train` can train: for each task the checks before anything is loaded, the model and the trainer."""
+"""The tasks that can be trained: for each, what its rows and its model must be, checked before weights are loaded."""
 
 from __future__ import annotations
 
@@ -10,19 +10,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from loract.config import Task, TrainConfig
 from loract.errors import LoractError, MissingExtra
+from loract.models import (
+    load_model,
+    read_architecture,
+    read_image_processor,
+    read_tokenizer,
+    sequence_length,
+    weights_bytes,
+)
 from loract.rows import class_names, columns_missing, converted, form_of, labelled, require_filled, split_rows
-from loract.weights import quiet, resolve
+from loract.weights import resolve
 
 try:
-    import peft
-    import transformers
     from datasets import Dataset
-    from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, Trainer, TrainingArguments
-    from trl import SFTConfig, SFTTrainer
+    from transformers import TrainingArguments
+    from trl.trainer.sft_config import SFTConfig
 except ImportError as missing:
     raise MissingExtra(f"no {missing.name}", "the training packages", "pip install 'loract[train]'") from missing
 
@@ -47,6 +52,10 @@ class Ready:
     notes: list[str] = field(default_factory=lambda: list[str]())
     """What a user should know, one sentence each."""
 
+    def load(self) -> Any:
+        """The model in training mode, with adapters if configured."""
+        return load_model(self.config, self.source, self.architecture)
+
 
 def prepare(config: TrainConfig) -> Ready:
     """Check the configuration against the model's folder, the data and the disk; no weights are loaded.
@@ -55,7 +64,7 @@ def prepare(config: TrainConfig) -> Ready:
         LoractError: something does not fit; the message says what.
     """
     source = None if config.model_name_or_path is None else resolve(config.model_name_or_path)
-    architecture = _architecture(config, source)
+    architecture = read_architecture(config, source)
     train, test = split_rows(config, config.seed)
     ready = _PREPARE[config.task](config, source, architecture, train, test)
     _refuse_full_disk(ready)
@@ -63,79 +72,13 @@ def prepare(config: TrainConfig) -> Ready:
     return ready
 
 
-def _architecture(config: TrainConfig, source: str | None) -> Any:
-    if source is None:
-        try:
-            return AutoConfig.for_model(config.model_type, **config.config_overrides)
-        except (ValueError, TypeError) as error:
-            raise LoractError(f"model_type {config.model_type!r}", "one that transformers knows", str(error)) from None
-    folder = Path(source)
-    if folder.is_dir():
-        _refuse_pickles(folder)
-    with quiet():
-        try:
-            return AutoConfig.from_pretrained(
-                source,
-                revision=config.model_revision or "main",
-                trust_remote_code=config.trust_remote_code,
-                **config.config_overrides,
-            )
-        except (OSError, ValueError) as error:
-            first = str(error).strip().splitlines()[0]
-            raise LoractError(f"model {source!r} ({first})", "a model's folder or name", "check it") from None
-
-
-def _refuse_pickles(folder: Path) -> None:
-    """Weights must be safetensors: loading a pickle may run anything.
-
-    Raises:
-        LoractError: there are none, or pickles instead.
-    """
-    if any(folder.glob("*.safetensors")):
-        return
-    pickles = sorted(p.name for kind in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in folder.glob(kind))
-    if pickles:
-        raise LoractError(
-            f"model folder {str(folder)!r} with {pickles[0]}, a pickle",
-            "safetensors: a pickle can run code",
-            "convert it where it comes from, with save_pretrained",
-        )
-    if not (folder / "config.json").exists():
-        raise LoractError(f"folder {str(folder)!r} without a model", "config.json and safetensors", "check the path")
-    raise LoractError(f"model folder {str(folder)!r} without weights", "*.safetensors", "download it again")
-
-
-def _tokenizer(config: TrainConfig, source: str) -> Any:
-    with quiet():
-        try:
-            return AutoTokenizer.from_pretrained(source, trust_remote_code=config.trust_remote_code)
-        except (OSError, ValueError) as error:
-            first = str(error).strip().splitlines()[0]
-            raise LoractError(f"no tokenizer in {source!r} ({first})", "tokenizer files", "add them") from None
-
-
-def _length(config: TrainConfig, architecture: Any, tokenizer: Any) -> int:
-    """Tokens a sequence.
-
-    Raises:
-        LoractError: more than the model has positions for.
-    """
-    positions = getattr(architecture.get_text_config(), "max_position_embeddings", None) or 2**31
-    allowed = min(positions, tokenizer.model_max_length)
-    if config.max_length is not None and config.max_length > allowed:
-        raise LoractError(
-            f"max_length={config.max_length}", f"at most {allowed}, the model's limit", f"set max_length: {allowed}"
-        )
-    return config.max_length or min(1024, allowed)
-
-
 def _text_generation(
     config: TrainConfig, source: str | None, architecture: Any, train: Dataset, test: Dataset | None
 ) -> Ready:
     if source is None:
         raise LoractError("text-generation from scratch", "a pretrained model", "set model_name_or_path")
-    tokenizer = _tokenizer(config, source)
-    length = _length(config, architecture, tokenizer)
+    tokenizer = read_tokenizer(config, source)
+    length = sequence_length(config, architecture, tokenizer)
     form = form_of(train, config.dataset_text_field)
     if config.chat_template_path is not None:
         tokenizer.chat_template = _template(config.chat_template_path)
@@ -184,7 +127,7 @@ def _template(path: str) -> str:
         raise LoractError(f"chat_template_path {path!r}", "a Jinja file", "check the path") from None
 
 
-def _ids(tokenizer: Any, row: Mapping[str, Any]) -> Sequence[int]:
+def _ids(tokenizer: Any, row: Any) -> Sequence[int]:
     if "messages" in row:
         try:
             return tokenizer.apply_chat_template(row["messages"], tokenize=True, return_dict=True)["input_ids"]
@@ -201,8 +144,8 @@ def _text_classification(
 ) -> Ready:
     if source is None:
         raise LoractError("text-classification from scratch", "a pretrained model", "set model_name_or_path")
-    tokenizer = _tokenizer(config, source)
-    length = _length(config, architecture, tokenizer)
+    tokenizer = read_tokenizer(config, source)
+    length = sequence_length(config, architecture, tokenizer)
     text, label = config.dataset_text_field, config.label_column_name
     train, test = _classes(architecture, train, test, text, label)
 
@@ -232,7 +175,7 @@ def _image_classification(
 ) -> Ready:
     image, label = config.image_column_name, config.label_column_name
     train, test = _classes(architecture, train, test, image, label)
-    processor = _image_processor(architecture, source)
+    processor = read_image_processor(architecture, source)
     mode = "L" if getattr(architecture, "num_channels", 3) == 1 else "RGB"
 
     def pixels(batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -251,17 +194,6 @@ def _image_classification(
         test=None if test is None else lazy(test),
         notes=[f"{len(train)} images, {architecture.num_labels} classes"],
     )
-
-
-def _image_processor(architecture: Any, source: str | None) -> Any:
-    with quiet():
-        if source is not None:
-            return AutoImageProcessor.from_pretrained(source)
-        size = getattr(architecture, "image_size", None)
-        if size is None:
-            raise LoractError(f"model_type {architecture.model_type!r}", "one with an image_size", "use vit")
-        half = [0.5] * getattr(architecture, "num_channels", 3)
-        return transformers.ViTImageProcessorPil(size={"height": size, "width": size}, image_mean=half, image_std=half)
 
 
 def _classes(
@@ -297,7 +229,7 @@ def _refuse_full_disk(ready: Ready) -> None:
         layers = getattr(ready.architecture.get_text_config(), "num_hidden_layers", 24)
         trained = layers * 20 * hidden * config.lora_r
     else:
-        trained = _weights_bytes(ready.source) // 4
+        trained = weights_bytes(ready.source) // 4
     needed = 12 * trained * (config.save_total_limit + 1) + 50 * 10**6
     place = Path(config.output_dir).absolute()
     while not place.exists():
@@ -309,100 +241,6 @@ def _refuse_full_disk(ready: Ready) -> None:
             f"about {needed / 1e9:.2f} GB for {config.save_total_limit} checkpoints",
             "free some space, or set output_dir to another disk",
         )
-
-
-def _weights_bytes(source: str | None) -> int:
-    if source is None or not Path(source).is_dir():
-        return 0
-    return sum(p.stat().st_size for p in Path(source).glob("*.safetensors"))
-
-
-_MODELS: dict[Task, tuple[str, str | None]] = {
-    "text-generation": ("AutoModelForCausalLM", "CAUSAL_LM"),
-    "text-classification": ("AutoModelForSequenceClassification", "SEQ_CLS"),
-    "image-classification": ("AutoModelForImageClassification", None),
-}
-
-
-def build_model(ready: Ready) -> Any:
-    """The model in training mode, with adapters if configured. Only safetensors are read.
-
-    Raises:
-        LoractError: weights or adapters that do not fit the architecture, or an adapter where the loss has no
-            gradient for it.
-    """
-    config = ready.config
-    transformers.set_seed(config.seed)
-    auto: Any = getattr(transformers, _MODELS[config.task][0])
-    dtype = config.dtype or ("auto" if config.use_peft else "float32")
-    options: dict[str, Any] = {"attn_implementation": config.attn_implementation}
-    with quiet():
-        try:
-            if ready.source is None:
-                model: Any = auto.from_config(ready.architecture, **options)
-            else:
-                if config.load_in_4bit:
-                    options["quantization_config"] = transformers.BitsAndBytesConfig(
-                        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
-                    )
-                model = auto.from_pretrained(
-                    ready.source,
-                    config=ready.architecture,
-                    dtype=dtype,
-                    use_safetensors=True,
-                    revision=config.model_revision or "main",
-                    trust_remote_code=config.trust_remote_code,
-                    **options,
-                )
-        except (OSError, ValueError, RuntimeError, ImportError) as error:
-            first = str(error).strip().splitlines()[0]
-            raise LoractError(
-                f"model {ready.source or config.model_type!r} ({first})", "its weights", "check it"
-            ) from (error)
-        if config.use_peft:
-            model = _with_adapters(model, config)
-    return model.train()
-
-
-def _with_adapters(model: Any, config: TrainConfig) -> Any:
-    head = _head(model, config.task)
-    options = peft.LoraConfig(
-        task_type=_MODELS[config.task][1],
-        r=config.lora_r,
-        lora_alpha=config.lora_alpha,
-        lora_dropout=config.lora_dropout,
-        target_modules=config.lora_target_modules,
-        exclude_modules=head,
-        modules_to_save=config.lora_modules_to_save or head,
-        use_rslora=config.use_rslora,
-    )
-    try:
-        adapted: Any = peft.get_peft_model(model, options)
-    except ValueError as error:
-        first = str(error).strip().splitlines()[0]
-        raise LoractError(
-            f"lora_target_modules={config.lora_target_modules!r} ({first})",
-            "names of linear layers",
-            "use all-linear",
-        ) from None
-    if config.task == "text-generation":
-        output = adapted.get_output_embeddings()
-        if output is not None and (hasattr(output, "lora_A") or hasattr(output, "modules_to_save")):
-            # The chunked loss reads the head's weight and never runs the module: an adapter there would not train.
-            raise LoractError(
-                "an adapter on the output embeddings",
-                "adapters on other layers: the loss is taken in pieces from the head's weight alone",
-                "take the output layer out of lora_target_modules and lora_modules_to_save",
-            )
-    return adapted
-
-
-def _head(model: Any, task: Task) -> list[str] | None:
-    """The new classification layer, which has to train as a whole where PEFT does not know the task."""
-    if task != "image-classification":
-        return None
-    names = [name for name, _ in model.named_children() if name in ("classifier", "score", "head")]
-    return names or None
 
 
 def trainer_arguments(ready: Ready) -> Any:
@@ -435,24 +273,3 @@ def trainer_arguments(ready: Ready) -> Any:
     except (ValueError, TypeError) as error:
         first = str(error).strip().splitlines()[0]
         raise LoractError(f"arguments that transformers refuses ({first})", "others", "change them") from None
-
-
-TRAINERS: dict[Task, type[Any]] = {
-    "text-generation": SFTTrainer,
-    "text-classification": Trainer,
-    "image-classification": Trainer,
-}
-
-
-def accuracy(prediction: Any) -> dict[str, float]:
-    """Share of rows whose largest logit is the label's."""
-    logits, labels = prediction.predictions, prediction.label_ids
-    return {"accuracy": float((logits.argmax(-1) == labels).mean())}
-
-
-def stack_images(rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-    """A batch of images."""
-    return {
-        "pixel_values": torch.stack([row["pixel_values"] for row in rows]),
-        "labels": torch.tensor([row["labels"] for row in rows]),
-    }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 import signal
@@ -17,13 +16,9 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from torch import nn
-from transformers import DataCollatorWithPadding, Trainer, TrainerCallback, TrainerState
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers import TrainerCallback
 
 from loract.attach import attach
-from loract.audit import Fidelity, audit
-from loract.codecs import Exact
 from loract.config import TrainConfig
 from loract.cpu import fast_bf16
 from loract.errors import LoractError
@@ -31,12 +26,9 @@ from loract.hf import LoractCallback
 from loract.memory import MIB, peak_rss_bytes
 from loract.runs import CONFIG, SUMMARY, Run
 from loract.saved import SiteStats
-from loract.tasks import TRAINERS, Ready, accuracy, build_model, prepare, stack_images, trainer_arguments
-from loract.weights import quiet
+from loract.tasks import Ready, prepare
+from loract.trainer import RunTrainer, make_trainer
 
-STATE = "loract_state_{rank}.json"
-_CARRIED = ("_total_loss_scalar", "_globalstep_last_logged", "_total_train_tokens")
-"""What the trainers count beside their state file, and would start again at zero when resumed."""
 RESUMABLE = {
     *("output_dir", "num_train_epochs", "max_steps", "logging_steps", "eval_steps", "save_steps", "save_total_limit"),
     *("report_to", "dataloader_num_workers", "per_device_eval_batch_size", "max_eval_samples"),
@@ -58,7 +50,7 @@ class Result:
     """Median over the logged intervals of this process."""
     saved_mib: float | None
     before_mib: float | None
-    """What loract keeps and what plain autograd keeps at the attached sites."""
+    """What loract keeps and what plain autograd keeps at the attached sites (None where modules run again)."""
     peak_mib: float
     """Of the device's allocator, or the resident memory of a CPU process."""
     cosine: float | None
@@ -96,11 +88,11 @@ def train(
     start = _starting_point(run, resume, checkpoint, tell)
     if state.is_main_process:
         run.forget_metrics_after(0 if start is None else int(start.name.rpartition("-")[2]))
-    model = build_model(ready)
+    model = ready.load()
     policy = config.activation_compression.policy()
     compression = None if policy is None else LoractCallback(policy, seed=config.seed)
     stop = _Stop()
-    trainer = _trainer(ready, model)
+    trainer = make_trainer(ready, model)
     trainer.setup(run, compression, start, config)
     for callback in (compression, _Follow(trainer, run, stop), *_boards(config, run, start), *callbacks):
         if callback is not None:
@@ -110,7 +102,7 @@ def train(
             done = trainer.take_finished()
             if not done:
                 trainer.train(resume_from_checkpoint=None if start is None else str(start))
-            evaluation = {} if stop.asked or ready.test is None else trainer.evaluate()
+            evaluation = {} if stop.asked or ready.test is None else trainer.last_evaluation() or trainer.evaluate()
     except torch.OutOfMemoryError as error:
         raise LoractError(
             f"no memory left at step {trainer.state.global_step + 1}",
@@ -127,15 +119,36 @@ def train(
             trainer.save_model(str(folder), _internal_call=True)
             if state.is_main_process and config.use_peft and config.task != "text-generation":
                 ready.architecture.save_pretrained(folder)  # the classes, which the base model does not know
-    result = trainer.result(finished, evaluation, str(run.folder / output) if finished else None)
+    result = _result(trainer, finished, evaluation, str(run.folder / output) if finished else None)
     if state.is_main_process:
         run.write(SUMMARY, json.dumps(asdict(result), indent=1))
     return result
 
 
+def _result(trainer: RunTrainer, finished: bool, evaluation: Mapping[str, float], output: str | None) -> Result:
+    """The summary, from what was logged."""
+    logs = [log for log in trainer.state.log_history if "loss" in log]
+    last = logs[-1] if logs else {}
+    fidelity, seconds = trainer.fidelity, trainer.step_seconds
+    return Result(
+        steps=trainer.state.global_step,
+        finished=finished,
+        first_loss=logs[0]["loss"] if logs else None,
+        last_loss=last.get("loss"),
+        evaluation={k.removeprefix("eval_"): v for k, v in evaluation.items() if k.startswith("eval_")},
+        step_seconds=statistics.median(seconds) if seconds else None,
+        saved_mib=last.get("loract/saved_mib"),
+        before_mib=last.get("loract/before_mib"),
+        peak_mib=peak_mib(),
+        cosine=None if fidelity is None else fidelity.cosine,
+        relative_error=None if fidelity is None else fidelity.relative_error,
+        output=output,
+    )
+
+
 def plan(ready: Ready) -> tuple[list[SiteStats], list[tuple[str, str, str]], int, int]:
     """Without training: the sites, what is left exact and why, and how many parameters train of how many."""
-    model = build_model(ready)
+    model = ready.load()
     total = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     policy = ready.config.activation_compression.policy()
@@ -178,183 +191,6 @@ def _starting_point(run: Run, resume: bool, checkpoint: str | None, tell: Callab
         tell(f"damaged, not used: {fault}")
     tell(f"resuming from {start.name}" if start is not None else "no whole checkpoint: starting from the beginning")
     return start
-
-
-class _Run(Trainer):
-    """What `loract train` adds to a trainer: whole checkpoints, carried counters, fidelity."""
-
-    run: Run
-    compression: LoractCallback | None
-    start: Path | None
-    config: TrainConfig
-    fidelity_steps: int
-    _staging: Path | None = None
-    _measured_at = -1
-
-    def setup(self, run: Run, compression: LoractCallback | None, start: Path | None, config: TrainConfig) -> None:
-        """Tell it about its run, before training."""
-        self.run, self.compression, self.start, self.config = run, compression, start, config
-        lossy = compression is not None and any(not isinstance(r.codec, Exact) for r in compression.policy.rules)
-        self.fidelity_steps = config.activation_compression.fidelity_steps if lossy else 0
-        self.fidelity: Fidelity | None = None
-        self.step_seconds: list[float] = []
-
-    def result(self, finished: bool, evaluation: Mapping[str, float], output: str | None) -> Result:
-        """The summary, from what was logged."""
-        logs = [log for log in self.state.log_history if "loss" in log]
-        last = logs[-1] if logs else {}
-        return Result(
-            steps=self.state.global_step,
-            finished=finished,
-            first_loss=logs[0]["loss"] if logs else None,
-            last_loss=last.get("loss"),
-            evaluation={k.removeprefix("eval_"): v for k, v in evaluation.items()},
-            step_seconds=statistics.median(self.step_seconds) if self.step_seconds else None,
-            saved_mib=last.get("loract/saved_mib"),
-            before_mib=last.get("loract/before_mib"),
-            peak_mib=peak_mib(),
-            cosine=None if self.fidelity is None else self.fidelity.cosine,
-            relative_error=None if self.fidelity is None else self.fidelity.relative_error,
-            output=output,
-        )
-
-    # Saving
-
-    @contextmanager
-    def saved(self, name: str) -> Generator[Path]:
-        """A folder for all processes to write to, which the first one publishes as `name`."""
-        main = self.is_world_process_zero()
-        self.accelerator.wait_for_everyone()
-        with self.run.saving(name, publish=main) as folder:
-            yield folder
-            self.accelerator.wait_for_everyone()
-        self.accelerator.wait_for_everyone()
-
-    def _get_output_dir(self, trial: Any) -> str:
-        return str(self.run.folder) if self._staging is None else str(self._staging)
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        name = f"checkpoint-{self.state.global_step}"
-        with self.saved(name) as folder:
-            self._staging = folder.parent  # the trainer adds checkpoint-N itself
-            try:
-                super()._save_checkpoint(model, trial)
-            finally:
-                self._staging = None
-            path = folder / STATE.format(rank=self.args.process_index)
-            path.write_text(json.dumps(self._carried()), encoding="utf-8")
-        if self.is_world_process_zero():
-            self.run.rotate(self.config.save_total_limit)
-
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        super()._save(output_dir, state_dict)
-        if output_dir is not None:  # a pickle that nobody reads: config.yaml has it all
-            (Path(output_dir) / "training_args.bin").unlink(missing_ok=True)
-
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """None: PEFT writes one into the adapter's folder."""
-
-    # What a resumed run has to know
-
-    def _carried(self) -> dict[str, Any]:
-        handle = None if self.compression is None else self.compression.handle
-        return {
-            "processes": self.args.world_size,
-            "sites": None if handle is None else handle.state_dict(),
-            "loss": self._tr_loss.item(),
-            "counters": {name: getattr(self, name) for name in _CARRIED if hasattr(self, name)},
-            "metrics": dict(getattr(self, "_metrics", {}).get("train", {})),
-        }
-
-    def carry_on(self) -> None:
-        """Put back what `_carried` saved; after attaching, before the first step."""
-        if self.start is None:
-            return
-        path = self.start / STATE.format(rank=self.args.process_index)
-        kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        if kept.get("processes") != self.args.world_size:
-            raise LoractError(
-                f"{self.start.name}, written by another number of processes than {self.args.world_size}",
-                "as many processes as the run had",
-                f"resume with {kept['processes']}" if kept else "resume with fewer",
-            )
-        if self.compression is not None and self.compression.handle is not None:
-            self.compression.handle.load_state_dict(kept["sites"])
-        self._tr_loss.fill_(kept["loss"])
-        for name, value in kept["counters"].items():
-            setattr(self, name, value)
-        if hasattr(self, "_metrics"):
-            self._metrics["train"].update(kept["metrics"])
-
-    def take_finished(self) -> bool:
-        """Whether the checkpoint is the end of what is configured; if so, it is loaded.
-
-        The trainer itself would take one step more.
-        """
-        if self.start is None:
-            return False
-        state = TrainerState.load_from_json(str(self.start / TRAINER_STATE_NAME))
-        if self.config.max_steps > 0:
-            done = state.global_step >= self.config.max_steps
-        else:
-            done = (state.epoch or 0) >= self.config.num_train_epochs
-        if done:
-            self._load_from_checkpoint(str(self.start))
-            self.state = state
-        return done
-
-    # Fidelity
-
-    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
-        """One micro-batch; before the first one of a step whose turn it is, the gradient's error is measured."""
-        step = self.state.global_step + 1
-        due = self.fidelity_steps > 0 and (step % self.fidelity_steps == 0 or step == self.state.max_steps)
-        if due and self._measured_at != step:
-            self._measured_at = step
-            self._measure(inputs, num_items_in_batch)
-        return super().training_step(model, inputs, num_items_in_batch)
-
-    def _measure(self, inputs: Mapping[str, Any], count: Any) -> None:
-        assert self.compression is not None
-        counted = {name: copy.deepcopy(getattr(self, name)) for name in _COUNTED if hasattr(self, name)}
-        batch = self._prepare_inputs(dict(inputs))
-
-        def loss(model: nn.Module, batch: Any) -> torch.Tensor:
-            with self.compute_loss_context_manager():
-                return self.compute_loss(model, dict(batch), num_items_in_batch=count)  # type: ignore[no-any-return]
-
-        with self.compression.paused() as plain:
-            self.fidelity = audit(plain, batch, self.compression.policy, loss, seed=self.args.seed)
-        for name, value in counted.items():
-            setattr(self, name, value)
-
-
-_COUNTED = ("_metrics", "_total_train_tokens")
-"""What computing a loss changes in the trainer."""
-
-
-def _trainer(ready: Ready, model: Any) -> Any:
-    """The task's trainer with `_Run` before it."""
-    config, base = ready.config, TRAINERS[ready.config.task]
-    kind: Any = _Run if base is Trainer else type("Run", (_Run, base), {})
-    options: dict[str, Any] = {}
-    if config.task == "text-classification":
-        options = {"data_collator": DataCollatorWithPadding(ready.processor), "compute_metrics": accuracy}
-    elif config.task == "image-classification":
-        options = {"data_collator": stack_images, "compute_metrics": accuracy}
-    with quiet():
-        trainer = kind(
-            model=model,
-            args=trainer_arguments(ready),
-            train_dataset=ready.train,
-            eval_dataset=ready.test,
-            processing_class=ready.processor,
-            **options,
-        )
-    from transformers import PrinterCallback
-
-    trainer.remove_callback(PrinterCallback)
-    return trainer
 
 
 class _Follow(TrainerCallback):
@@ -453,7 +289,7 @@ def _boards(config: TrainConfig, run: Run, start: Path | None) -> list[TrainerCa
         return []
     try:
         from torch.utils.tensorboard import SummaryWriter
-        from transformers.integrations import TensorBoardCallback
+        from transformers.integrations.integration_utils import TensorBoardCallback
     except ImportError:
         raise LoractError(
             "report_to: tensorboard, which is not installed",

@@ -81,12 +81,18 @@ def validate(context: typer.Context, config: Config) -> None:
 
 def read(config: Path, overrides: list[str]) -> Ready:
     """Load and check everything but the weights, without the chatter of other libraries."""
+    import datasets  # after loract's modules, which say what is missing
+    from transformers.utils import logging as transformers_logging
+
     from loract.config import load_config
     from loract.tasks import prepare
 
     warnings.simplefilter("ignore")
     for name in ("transformers", "datasets", "trl", "accelerate", "peft"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    transformers_logging.disable_progress_bar()
+    if not status.is_terminal:
+        datasets.disable_progress_bars()
     loaded = load_config(config, overrides)
     with status.status("checking the configuration, the model and the data"):
         return prepare(loaded)

@@ -1,0 +1,216 @@
+"""The trainer of each task, with whole checkpoints, counters that survive resuming, and measured fidelity."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DataCollatorWithPadding, PrinterCallback, Trainer, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
+from trl.trainer.sft_trainer import SFTTrainer
+
+from loract.audit import Fidelity, audit
+from loract.codecs import Exact
+from loract.config import Task, TrainConfig
+from loract.errors import LoractError
+from loract.hf import LoractCallback
+from loract.runs import Run
+from loract.tasks import Ready, trainer_arguments
+from loract.weights import quiet
+
+STATE = "loract_state_{rank}.json"
+
+
+_CARRIED = ("_total_loss_scalar", "_globalstep_last_logged", "_total_train_tokens")
+"""What the trainers count beside their state file, and would start again at zero when resumed."""
+
+
+class RunTrainer(Trainer):
+    """What `loract train` adds to a trainer: whole checkpoints, carried counters, fidelity."""
+
+    run: Run
+    compression: LoractCallback | None
+    start: Path | None
+    config: TrainConfig
+    fidelity_steps: int
+    _staging: Path | None = None
+    _measured_at = -1
+
+    def setup(self, run: Run, compression: LoractCallback | None, start: Path | None, config: TrainConfig) -> None:
+        """Tell it about its run, before training."""
+        self.run, self.compression, self.start, self.config = run, compression, start, config
+        lossy = compression is not None and any(not isinstance(r.codec, Exact) for r in compression.policy.rules)
+        self.fidelity_steps = config.activation_compression.fidelity_steps if lossy else 0
+        self.fidelity: Fidelity | None = None
+        self.step_seconds: list[float] = []
+
+    def last_evaluation(self) -> dict[str, float]:
+        """The one of the present step, if it was made."""
+        logs = self.state.log_history
+        return next((log for log in logs if "eval_loss" in log and log["step"] == self.state.global_step), {})
+
+    # Saving
+
+    @contextmanager
+    def saved(self, name: str) -> Generator[Path]:
+        """A folder for all processes to write to, which the first one publishes as `name`."""
+        main = self.is_world_process_zero()
+        self.accelerator.wait_for_everyone()
+        with self.run.saving(name, publish=main) as folder:
+            yield folder
+            self.accelerator.wait_for_everyone()
+        self.accelerator.wait_for_everyone()
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self.run.folder) if self._staging is None else str(self._staging)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        name = f"checkpoint-{self.state.global_step}"
+        with self.saved(name) as folder:
+            self._staging = folder.parent  # the trainer adds checkpoint-N itself
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self._staging = None
+            path = folder / STATE.format(rank=self.args.process_index)
+            path.write_text(json.dumps(self._carried()), encoding="utf-8")
+        if self.is_world_process_zero():
+            self.run.rotate(self.config.save_total_limit)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        super()._save(output_dir, state_dict)
+        if output_dir is not None:  # a pickle that nobody reads: config.yaml has it all
+            (Path(output_dir) / "training_args.bin").unlink(missing_ok=True)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """None: PEFT writes one into the adapter's folder."""
+
+    # What a resumed run has to know
+
+    def _carried(self) -> dict[str, Any]:
+        handle = None if self.compression is None else self.compression.handle
+        return {
+            "processes": self.args.world_size,
+            "sites": None if handle is None else handle.state_dict(),
+            "loss": self._tr_loss.item(),
+            "counters": {name: getattr(self, name) for name in _CARRIED if hasattr(self, name)},
+            "metrics": dict(self._sums()),
+        }
+
+    def carry_on(self) -> None:
+        """Put back what `_carried` saved; after attaching, before the first step."""
+        if self.start is None:
+            return
+        path = self.start / STATE.format(rank=self.args.process_index)
+        kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        if kept.get("processes") != self.args.world_size:
+            raise LoractError(
+                f"{self.start.name}, written by another number of processes than {self.args.world_size}",
+                "as many processes as the run had",
+                f"resume with {kept['processes']}" if kept else "resume with fewer",
+            )
+        if self.compression is not None and self.compression.handle is not None:
+            self.compression.handle.load_state_dict(kept["sites"])
+        self._tr_loss.fill_(kept["loss"])
+        for name, value in kept["counters"].items():
+            setattr(self, name, value)
+        self._sums().update(kept["metrics"])
+
+    def _sums(self) -> dict[str, list[float]]:
+        """What TRL's trainer will average into the next log."""
+        return getattr(self, "_metrics", {}).get("train", {})
+
+    def take_finished(self) -> bool:
+        """Whether the checkpoint is the end of what is configured; if so, it is loaded.
+
+        The trainer itself would take one step more.
+        """
+        if self.start is None:
+            return False
+        state = TrainerState.load_from_json(str(self.start / TRAINER_STATE_NAME))
+        if self.config.max_steps > 0:
+            done = state.global_step >= self.config.max_steps
+        else:
+            done = (state.epoch or 0) >= self.config.num_train_epochs
+        if done:
+            self._load_from_checkpoint(str(self.start))
+            self.state = state
+        return done
+
+    # Fidelity
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        """One micro-batch; before the first one of a step whose turn it is, the gradient's error is measured."""
+        step = self.state.global_step + 1
+        due = self.fidelity_steps > 0 and (step % self.fidelity_steps == 0 or step == self.state.max_steps)
+        if due and self._measured_at != step:
+            self._measured_at = step
+            self._measure(inputs, num_items_in_batch)
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    def _measure(self, inputs: Mapping[str, Any], count: Any) -> None:
+        assert self.compression is not None
+        counted = {name: copy.deepcopy(getattr(self, name)) for name in _COUNTED if hasattr(self, name)}
+        batch = self._prepare_inputs(dict(inputs))
+
+        def loss(model: nn.Module, batch: Any) -> torch.Tensor:
+            with self.compute_loss_context_manager():
+                return self.compute_loss(model, dict(batch), num_items_in_batch=count)  # type: ignore[no-any-return]
+
+        with self.compression.paused() as plain:
+            self.fidelity = audit(plain, batch, self.compression.policy, loss, seed=self.args.seed)
+        for name, value in counted.items():
+            setattr(self, name, value)
+
+
+_COUNTED = ("_metrics", "_total_train_tokens")
+"""What computing a loss changes in the trainer."""
+
+
+_BASES: dict[Task, type[Any]] = {
+    "text-generation": SFTTrainer,
+    "text-classification": Trainer,
+    "image-classification": Trainer,
+}
+
+
+def make_trainer(ready: Ready, model: Any) -> Any:
+    """The task's trainer with `RunTrainer` before it."""
+    config, base = ready.config, _BASES[ready.config.task]
+    kind: Any = RunTrainer if base is Trainer else type("Run", (RunTrainer, base), {})
+    options: dict[str, Any] = {}
+    if config.task == "text-classification":
+        options = {"data_collator": DataCollatorWithPadding(ready.processor), "compute_metrics": accuracy}
+    elif config.task == "image-classification":
+        options = {"data_collator": stack_images, "compute_metrics": accuracy}
+    with quiet():
+        trainer = kind(
+            model=model,
+            args=trainer_arguments(ready),
+            train_dataset=ready.train,
+            eval_dataset=ready.test,
+            processing_class=ready.processor,
+            **options,
+        )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def accuracy(prediction: Any) -> dict[str, float]:
+    """Share of rows whose largest logit is the label's."""
+    logits, labels = prediction.predictions, prediction.label_ids
+    return {"accuracy": float((logits.argmax(-1) == labels).mean())}
+
+
+def stack_images(rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+    """A batch of images."""
+    return {
+        "pixel_values": torch.stack([row["pixel_values"] for row in rows]),
+        "labels": torch.tensor([row["labels"] for row in rows]),
+    }
