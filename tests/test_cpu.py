@@ -17,8 +17,11 @@ def normal(*shape, seed=0):
         lambda a, b, bias: torch.nn.functional.linear(a, b, bias),
         lambda a, b, bias: torch.bmm(a[None], b.T[None]),
         lambda a, b, bias: torch.baddbmm(bias.expand(1, 5, 7), a[None], b.T[None]),
+        lambda a, b, bias: torch.mm(a, b.T, out=a.new_empty(5, 7)),
+        lambda a, b, bias: torch.addmm(bias, a, b.T, out=a.new_empty(5, 7)),
+        lambda a, b, bias: torch.bmm(a[None], b.T[None], out=a.new_empty(1, 5, 7)),
     ],
-    ids=["mm", "addmm", "bmm", "baddbmm"],
+    ids=["mm", "addmm", "bmm", "baddbmm", "mm-out", "addmm-out", "bmm-out"],
 )
 def test_products_are_rounded_once(product):
     operands = normal(5, 64), normal(7, 64, seed=1), normal(7, seed=2)

@@ -24,6 +24,8 @@ _PRODUCTS: set[Callable[..., Any]] = {
     _aten.baddbmm.default,
     _aten._scaled_dot_product_flash_attention_for_cpu_backward.default,
 }
+_INTO = {_aten.mm.out: _aten.mm.default, _aten.addmm.out: _aten.addmm.default, _aten.bmm.out: _aten.bmm.default}
+"""The same written into a tensor that is given."""
 
 
 def native_bf16() -> bool:
@@ -37,6 +39,9 @@ class WidenedProducts(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func in _INTO and _is_bf16_cpu(args[0]):
+            out: Tensor = kwargs.pop("out")
+            return out.copy_(_INTO[func](*tree_map_only(Tensor, _widen, args), **kwargs))
         if func not in _PRODUCTS or not _is_bf16_cpu(args[0]):
             return func(*args, **kwargs)
         out = func(*tree_map_only(Tensor, _widen, args), **kwargs)

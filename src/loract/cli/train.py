@@ -159,10 +159,9 @@ def _summary(config: TrainConfig, result: Result) -> None:
             table.add_row(f"evaluation {key}", f"{result.evaluation[key]:.4f}")
     if result.step_seconds is not None:
         table.add_row("seconds a step", f"{result.step_seconds:.2f}")
-    if result.saved_mib is not None and result.before_mib is not None:
-        table.add_row(
-            "activations kept", f"{result.saved_mib:.1f} MiB of {result.before_mib:.1f} at the attached sites"
-        )
+    if result.saved_mib is not None:
+        of = "" if result.before_mib is None else f" of {result.before_mib:.1f}"
+        table.add_row("activations kept", f"{result.saved_mib:.1f} MiB{of} at the attached sites")
     table.add_row("peak memory", f"{result.peak_mib:.0f} MiB")
     if result.cosine is not None:
         table.add_row("gradient", f"cosine {result.cosine:.4f}, relative error {result.relative_error:.3g}")
