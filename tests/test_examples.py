@@ -47,7 +47,7 @@ def go(folder, monkeypatch, name, *overrides):
         torch.set_num_threads(threads)
 
 
-def test_gemma_learns_python(folder, monkeypatch):
+def test_gemma_reads_python(folder, monkeypatch):
     import peft
     from transformers import AutoModelForCausalLM
 
@@ -57,9 +57,11 @@ def test_gemma_learns_python(folder, monkeypatch):
     kept = []
     original = Ready.load
     monkeypatch.setattr(Ready, "load", lambda ready: kept.append(original(ready)) or kept[0])
-    result, run = go(folder, monkeypatch, "gemma_text", "--max_steps", "6", "--max_length", "128", "--save_steps", "6")
-    assert result.last_loss < result.first_loss
-    assert result.evaluation["loss"] < 4
+    held_out = sorted((folder / "examples/data/stdlib/held_out").iterdir(), key=lambda p: p.stat().st_size)
+    changes = ("--max_steps", "2", "--max_train_samples", "5", "--eval_dataset_name", str(held_out[0]))
+    result, run = go(folder, monkeypatch, "gemma_text", *changes)
+    assert result.steps == 2
+    assert result.evaluation["loss"] < 6  # chance is log(262144) = 12.5
     assert result.saved_mib < 0.5 * result.before_mib
     base = AutoModelForCausalLM.from_pretrained(gemma_270m(), dtype="auto")
     loaded = peft.PeftModel.from_pretrained(base, str(run / "adapter")).eval()
@@ -69,12 +71,13 @@ def test_gemma_learns_python(folder, monkeypatch):
 
 
 def test_minilm_knows_the_package(folder, monkeypatch):
-    result, _ = go(folder, monkeypatch, "minilm_docstrings", "--max_steps", "40", "--max_length", "64")
-    assert result.evaluation["accuracy"] > 0.5  # the largest class has less than a third
+    result, _ = go(folder, monkeypatch, "minilm_docstrings", "--max_steps", "40", "--val_set_size", "200")
+    assert result.last_loss < 0.8 * result.first_loss
+    assert result.evaluation["accuracy"] > 0.35  # the largest class has a quarter
     assert result.cosine > 0.9
 
 
 def test_vit_reads_digits(folder, monkeypatch):
-    result, run = go(folder, monkeypatch, "vit_digits", "--num_train_epochs", "6")
+    result, run = go(folder, monkeypatch, "vit_digits", "--num_train_epochs", "5")
     assert result.evaluation["accuracy"] > 0.8
     assert (run / "model" / "model.safetensors").exists()
