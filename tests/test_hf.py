@@ -249,3 +249,19 @@ else:
     raise AssertionError
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_paused_is_plain_inside_and_goes_on_after(tmp_path):
+    callback, seen = LoractCallback("tensor"), []
+
+    class Pause(transformers.TrainerCallback):
+        def on_step_end(self, *_, **__):
+            before = callback.handle.state_dict()
+            with callback.paused() as model:
+                seen.append("_loract_handle" in vars(model))
+            seen.append(callback.handle.state_dict() == before)
+
+    trainer(tmp_path, callback, Pause(), max_steps=2).train()
+    assert seen == [False, True, False, True]
+    with pytest.raises(loract.LoractError, match="not attached"), callback.paused():
+        pass

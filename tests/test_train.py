@@ -164,15 +164,30 @@ def test_packing_uses_every_token(model, tmp_path):
     assert seen == [1500 // 32 + 1]
 
 
-def test_text_classification(encoder, tmp_path):
+def test_text_classification(encoder, tmp_path, monkeypatch):
+    from loract.export import export
+
     rows = [{"text": "abc" * 5, "label": "letters"}, {"text": "123" * 5, "label": "digits"}] * 16
     name = write_rows(tmp_path / "rows.jsonl", rows)
     values = settings(encoder, name, tmp_path / "run", task="text-classification", max_steps=20, val_set_size=8)
+    kept = []
+    monkeypatch.setattr(Ready, "load", keeping(kept))
     result = go({**values, "per_device_train_batch_size": 8, "activation_compression": TENSOR})
     assert result.evaluation["accuracy"] == 1
     assert result.last_loss < 0.5 * result.first_loss
-    config = json.loads((tmp_path / "run" / "adapter" / "config.json").read_text())
-    assert config["id2label"] == {"0": "digits", "1": "letters"}
+    adapter = tmp_path / "run" / "adapter"
+    auto = transformers.AutoModelForSequenceClassification
+    config = transformers.AutoConfig.from_pretrained(adapter)
+    assert config.id2label == {0: "digits", 1: "letters"}
+    loaded = peft.PeftModel.from_pretrained(auto.from_pretrained(encoder, config=config), str(adapter)).eval()
+    export(tmp_path / "run", tmp_path / "merged")
+    merged = auto.from_pretrained(tmp_path / "merged").eval()
+    assert merged.config.id2label == config.id2label
+    batch = {"input_ids": torch.tensor([[5, 6, 7], [60, 61, 62]]), "attention_mask": torch.ones(2, 3)}
+    with torch.no_grad():
+        expected = kept[0].eval()(**batch).logits
+        assert torch.equal(loaded(**batch).logits, expected)
+        torch.testing.assert_close(merged(**batch).logits, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_image_classification_from_scratch(tmp_path):
@@ -510,24 +525,30 @@ def test_plan_lists_the_sites(model, data, tmp_path):
 # Several processes
 
 
-def torchrun(config, *options):
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "loract", "train"]
+LAUNCHERS = {
+    "torchrun": ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"],
+    "accelerate": [
+        *("accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"),
+        *("--mixed_precision", "no", "--dynamo_backend", "no"),
+    ],
+}
+
+
+def launched(name, config, *options):
+    command = [sys.executable, "-m", *LAUNCHERS[name], "-m", "loract", "train", config, *options]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, *command, config, *options], capture_output=True, text=True, timeout=300, env=environment
-    )
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
 
 
 def test_two_processes_train_and_resume(model, data, tmp_path):
     values = settings(model, data, tmp_path / "run", activation_compression=TENSOR, val_set_size=4)
     config = write_config(tmp_path / "c.yaml", values)
-    done = torchrun(config)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("written to") == 1
+    assert launched("torchrun", config).count("written to") == 1
     before, weights = losses(tmp_path / "run"), adapter_of(tmp_path / "run")
     assert len(before) == 6
-    again = torchrun(config, "--resume", "--checkpoint", "checkpoint-4")
-    assert again.returncode == 0, again.stderr[-3000:]
+    launched("accelerate", config, "--resume", "--checkpoint", "checkpoint-4")
     assert losses(tmp_path / "run") == before
     assert all(torch.equal(weights[name], value) for name, value in adapter_of(tmp_path / "run").items())
     with pytest.raises(LoractError, match=r"another number of processes than 1.*resume with 2"):
