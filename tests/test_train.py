@@ -216,6 +216,14 @@ def test_image_classification_from_scratch(tmp_path):
     assert (tmp_path / "run" / "model" / "preprocessor_config.json").exists()
 
 
+def test_a_four_bit_base(model, data, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    result = go(settings(model, data, tmp_path / "run", load_in_4bit=True, activation_compression=SUBLAYER))
+    assert result.finished
+    assert result.last_loss < result.first_loss
+    assert set(adapter_of(tmp_path / "run"))
+
+
 def test_tensorboard(model, data, tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

@@ -70,7 +70,7 @@ class ModelOptions(_Block):
     """Train from scratch: the architecture, for example vit; `config_overrides` sizes it."""
     config_overrides: dict[str, Any] = {}
     dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = None
-    """Of the weights. Default: the checkpoint's with adapters, float32 without."""
+    """Of the weights. Default: the checkpoint's with adapters (bfloat16 over four bits), float32 without."""
     attn_implementation: str = "sdpa"
     trust_remote_code: bool = False
     load_in_4bit: bool = False

@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from loract.config import Task, TrainConfig
 from loract.errors import LoractError, MissingExtra
 from loract.weights import quiet
@@ -139,15 +137,17 @@ def load_model(config: TrainConfig, source: str | None, architecture: Any) -> An
     transformers.set_seed(config.seed)
     auto: Any = getattr(transformers, _MODELS[config.task][0])
     dtype = config.dtype or ("auto" if config.use_peft else "float32")
+    if config.load_in_4bit and dtype == "auto":
+        dtype = "bfloat16"  # all of it: attention refuses a mixture of the checkpoint's dtype and the products'
     options: dict[str, Any] = {"attn_implementation": config.attn_implementation}
     with quiet():
         try:
             if source is None:
-                model: Any = auto.from_config(architecture, **options)
+                model: Any = auto.from_config(architecture, dtype="float32" if dtype == "auto" else dtype, **options)
             else:
                 if config.load_in_4bit:
                     options["quantization_config"] = transformers.BitsAndBytesConfig(
-                        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
+                        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
                     )
                 model = auto.from_pretrained(
                     source,

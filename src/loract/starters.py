@@ -48,7 +48,7 @@ lora_target_modules: all-linear
 # What is kept for the backward pass
 activation_compression:
   preset: exact                     # exact: a third of the bytes, no loss, LoRA's speed
-                                    # sublayer with exact: true: a checkpointing that costs less time, no loss
+                                    # sublayer with exact: true: in place of checkpointing, no loss
                                     # tensor, sublayer, layer: coded, fewest bytes; none: off
   # rank: 1/8                       # share of the features (or columns, 16) that coded tensors keep
   # bits: 8                         # or quantise instead
