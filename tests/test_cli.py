@@ -90,7 +90,7 @@ def test_bad_dtype():
         (("profile", "/no/such/folder"), "a causal language model's folder"),
         (("profile", "--preset", "exact", "--rank", "8"), "preset 'exact' with a rank"),
         (("audit", "--bits", "9"), "got bits=9"),
-        (("audit", "--bits", "8", "--rank", "8"), "both rank and codec"),
+        (("audit", "--bits", "8", "--rank", "8"), "both rank and bits"),
     ],
 )
 def test_mistakes_are_one_line(monkeypatch, capsys, arguments, message):
