@@ -118,7 +118,7 @@ class Handle(Uncopied):
 
     def state_dict(self) -> dict[str, Any]:
         """What the sites remember between steps, in JSON's types: a resumed run draws what an unbroken one does."""
-        return {site.site.name + "/" + site.site.kind: site.state_dict() for site in self.sites}
+        return {name: site.state_dict() for name, site in self._named_sites().items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state_dict()` of a handle with the same sites.
@@ -126,7 +126,7 @@ class Handle(Uncopied):
         Raises:
             LoractError: other sites.
         """
-        sites = {site.site.name + "/" + site.site.kind: site for site in self.sites}
+        sites = self._named_sites()
         if sites.keys() != state.keys():
             odd = sorted(sites.keys() ^ state.keys())
             raise LoractError(
@@ -136,6 +136,9 @@ class Handle(Uncopied):
             )
         for name, site in sites.items():
             site.load_state_dict(state[name])
+
+    def _named_sites(self) -> dict[str, RunningSite]:
+        return {f"{site.site.name}/{site.site.kind}": site for site in self.sites}
 
     def detach(self) -> None:
         """Give the model its own forwards back. Harmless when called twice."""

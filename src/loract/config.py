@@ -5,12 +5,11 @@ Read from YAML without tags, changed by `--key value` pairs, validated as a whol
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from loract.errors import InvalidSpec, LoractError, MissingExtra
+from loract.errors import InvalidSpec, LoractError, MissingExtra, nearest
 from loract.policy import Policy, parse_policy
 
 try:
@@ -264,13 +263,13 @@ def _explained(error: ValidationError) -> LoractError:
     if first["type"] == "extra_forbidden":
         block, name = first["loc"][:-1], str(first["loc"][-1])
         fields = Compression.model_fields if block else TrainConfig.model_fields
-        return InvalidSpec(f"unknown key {where!r}{more}", "a key of the configuration", _nearest(name, fields))
+        return InvalidSpec(f"unknown key {where!r}{more}", "a key of the configuration", nearest(name, fields))
     if first["type"] == "missing":
         return InvalidSpec(f"no key {where!r}{more}", "this key, which has no default", f"add a line `{where}: ...`")
     if first["type"] == "literal_error":
         known = [word.strip("' ") for word in context["expected"].replace(" or ", ", ").split(",")]
         got = f"{where}={first['input']!r}{more}"
-        return InvalidSpec(got, f"one of {', '.join(known)}", _nearest(str(first["input"]), known))
+        return InvalidSpec(got, f"one of {', '.join(known)}", nearest(str(first["input"]), known))
     reason = context.get("error")
     if isinstance(reason, LoractError):
         return InvalidSpec(f"{where}: {reason}{more}", "a valid block", "see docs/training.md")
@@ -278,8 +277,3 @@ def _explained(error: ValidationError) -> LoractError:
     if not where:
         return InvalidSpec(f"keys that do not fit{more}", message, "correct the configuration")
     return InvalidSpec(f"{where}={first['input']!r}{more}", message[0].lower() + message[1:], "correct this value")
-
-
-def _nearest(name: str, known: Any) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.0)
-    return f"did you mean {close[0]!r}?"

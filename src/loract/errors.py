@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
 from typing import NoReturn
 
 
@@ -16,6 +18,22 @@ class LoractError(ValueError):
     def __init__(self, got: str, expected: str, next_step: str) -> None:
         """Compose the message from its three parts."""
         super().__init__(f"got {got}; expected {expected}; next: {next_step}")
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The next step where a name is unknown.
+
+    Example:
+        >>> nearest("sublayr", ("tensor", "sublayer"))
+        "did you mean 'sublayer'?"
+    """
+    (close,) = difflib.get_close_matches(name, list(known), n=1, cutoff=0.0)
+    return f"did you mean {close!r}?"
+
+
+def reason(error: BaseException) -> str:
+    """The first line of another library's message; the exception's name where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 class Uncopied:

@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from loract.errors import LoractError, MissingExtra
+from loract.errors import LoractError, MissingExtra, reason
 from loract.weights import quiet
 
 try:
@@ -50,8 +50,9 @@ def export(source: Path, out: Path, *, dtype: str = "auto") -> int:
             model: Any = _base(settings, adapter, dtype)
             adapted: Any = peft.PeftModel.from_pretrained(model, str(adapter))
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise LoractError(f"adapter {str(adapter)!r} ({first})", "one that fits its base", "check both") from error
+            raise LoractError(
+                f"adapter {str(adapter)!r} ({reason(error)})", "one that fits its base", "check both"
+            ) from error
         layers = sum(hasattr(module, "lora_A") for module in adapted.modules())
         try:
             merged: Any = adapted.merge_and_unload(safe_merge=True)

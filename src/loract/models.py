@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from loract.config import Task, TrainConfig
-from loract.errors import LoractError, MissingExtra
+from loract.errors import LoractError, MissingExtra, reason
 from loract.weights import quiet
 
 try:
@@ -40,8 +40,7 @@ def read_architecture(config: TrainConfig, source: str | None) -> Any:
                 **config.config_overrides,
             )
         except (OSError, ValueError) as error:
-            first = str(error).strip().splitlines()[0]
-            raise LoractError(f"model {source!r} ({first})", "a model's folder or name", "check it") from None
+            raise LoractError(f"model {source!r} ({reason(error)})", "a model's folder or name", "check it") from None
 
 
 def _refuse_pickles(folder: Path) -> None:
@@ -74,8 +73,7 @@ def read_tokenizer(config: TrainConfig, source: str) -> Any:
         try:
             return AutoTokenizer.from_pretrained(source, trust_remote_code=config.trust_remote_code)
         except (OSError, ValueError) as error:
-            first = str(error).strip().splitlines()[0]
-            raise LoractError(f"no tokenizer in {source!r} ({first})", "tokenizer files", "add them") from None
+            raise LoractError(f"no tokenizer in {source!r} ({reason(error)})", "tokenizer files", "add them") from None
 
 
 def sequence_length(config: TrainConfig, architecture: Any, tokenizer: Any) -> int:
@@ -104,8 +102,7 @@ def read_image_processor(architecture: Any, source: str | None) -> Any:
             try:
                 return AutoImageProcessor.from_pretrained(source)
             except (OSError, ValueError) as error:
-                first = str(error).strip().splitlines()[0]
-                raise LoractError(f"no image processor in {source!r} ({first})", "its file", "add it") from None
+                raise LoractError(f"no image processor in {source!r} ({reason(error)})", "its file", "add it") from None
         size = getattr(architecture, "image_size", None)
         if size is None:
             raise LoractError(f"model_type {architecture.model_type!r}", "one with an image_size", "use vit")
@@ -159,10 +156,9 @@ def load_model(config: TrainConfig, source: str | None, architecture: Any) -> An
                     **options,
                 )
         except (OSError, ValueError, RuntimeError, ImportError) as error:
-            first = str(error).strip().splitlines()[0]
-            raise LoractError(f"model {source or config.model_type!r} ({first})", "its weights", "check it") from (
-                error
-            )
+            raise LoractError(
+                f"model {source or config.model_type!r} ({reason(error)})", "its weights", "check it"
+            ) from (error)
         if config.use_peft:
             model = _with_adapters(model, config)
     return model.train()
@@ -183,9 +179,8 @@ def _with_adapters(model: Any, config: TrainConfig) -> Any:
     try:
         adapted: Any = peft.get_peft_model(model, options)
     except ValueError as error:
-        first = str(error).strip().splitlines()[0]
         raise LoractError(
-            f"lora_target_modules={config.lora_target_modules!r} ({first})",
+            f"lora_target_modules={config.lora_target_modules!r} ({reason(error)})",
             "names of linear layers",
             "use all-linear",
         ) from None

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Literal, get_args
 
 from loract.codecs import Codec, Exact, LowRank, Quantized
-from loract.errors import InvalidSpec
+from loract.errors import InvalidSpec, nearest
 
 Kind = Literal["adapter_input", "norm", "gated", "attention", "sublayer", "layer"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -56,7 +55,7 @@ class Rule:
             InvalidSpec: an unknown kind or something that is no codec.
         """
         if self.kind not in KINDS:
-            raise InvalidSpec(f"kind={self.kind!r}", f"one of {', '.join(KINDS)}", _nearest(str(self.kind), KINDS))
+            raise InvalidSpec(f"kind={self.kind!r}", f"one of {', '.join(KINDS)}", nearest(str(self.kind), KINDS))
         if isinstance(self.codec, type) or not isinstance(self.codec, Codec):
             raise InvalidSpec(f"codec={self.codec!r}", "a Codec", "pass for example loract.LowRank(rank=0.125)")
 
@@ -108,7 +107,7 @@ def preset(name: str, *, rank: int | float | None = None, codec: Codec | None = 
         0.25
     """
     if name not in PRESETS:
-        raise InvalidSpec(f"preset {name!r}", f"one of {', '.join(PRESETS)}", _nearest(str(name), PRESETS))
+        raise InvalidSpec(f"preset {name!r}", f"one of {', '.join(PRESETS)}", nearest(str(name), PRESETS))
     if rank is not None and codec is not None:
         raise InvalidSpec("both rank and codec", "one of them", "put the rank into the codec: LowRank(rank=...)")
     if name == "exact":
@@ -165,8 +164,3 @@ def as_policy(policy: str | Policy) -> Policy:
     if isinstance(policy, str):
         return preset(policy)
     raise InvalidSpec(f"policy {policy!r}", "a preset name or a Policy", f"use one of {', '.join(PRESETS)}")
-
-
-def _nearest(name: str, known: tuple[str, ...]) -> str:
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
-    return f"did you mean {close[0]!r}?"

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from loract.config import DataOptions
-from loract.errors import LoractError, MissingExtra
+from loract.errors import LoractError, MissingExtra, reason
 
 try:
     import datasets
@@ -100,8 +100,9 @@ def _read(read: Callable[[], Any], name: str) -> Any:
         return read()
     except Exception as error:  # each format's reader has exceptions of its own
         cause = error.__cause__ or error
-        first = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
-        raise LoractError(f"dataset {name!r} ({first})", "readable rows", "check its name and format") from error
+        raise LoractError(
+            f"dataset {name!r} ({reason(cause)})", "readable rows", "check its name and format"
+        ) from error
 
 
 @dataclass(frozen=True, kw_only=True)

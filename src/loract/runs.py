@@ -20,12 +20,12 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from loract.errors import LoractError
+from loract.errors import LoractError, reason
 
 CONFIG, METRICS, SUMMARY, MANIFEST = "config.yaml", "metrics.jsonl", "summary.json", "manifest.json"
 _STAGED = ".saving-"
 _DROPPED = ".removing-"
-_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+_CHECKPOINT = re.compile(r"checkpoint-\d+")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,8 +69,7 @@ class Run:
 
     def checkpoints(self) -> list[Path]:
         """Folders called checkpoint-N, by N."""
-        found = [(int(m[1]), p) for p in self.folder.glob("checkpoint-*") if (m := _CHECKPOINT.fullmatch(p.name))]
-        return [path for _, path in sorted(found)]
+        return sorted((p for p in self.folder.glob("checkpoint-*") if _CHECKPOINT.fullmatch(p.name)), key=step_of)
 
     def last_good(self) -> tuple[Path | None, list[str]]:
         """The latest checkpoint that is whole, and what is wrong with each later one."""
@@ -127,7 +126,7 @@ class Run:
             if isinstance(error, (OSError, SafetensorError, RuntimeError)):
                 kept = self.checkpoints()
                 raise LoractError(
-                    f"an error while saving {name} ({str(error).splitlines()[0]})",
+                    f"an error while saving {name} ({reason(error)})",
                     "space and permission to write",
                     f"make room, then --resume goes on from {kept[-1].name}" if kept else "make room and start again",
                 ) from error
@@ -175,6 +174,11 @@ class Run:
         """Drop the lines of steps that will be run again."""
         kept = [line for line in self.metrics() if line["step"] <= step]
         self.write(METRICS, "".join(json.dumps(line) + "\n" for line in kept))
+
+
+def step_of(checkpoint: Path) -> int:
+    """N of checkpoint-N."""
+    return int(checkpoint.name.rpartition("-")[2])
 
 
 def seal(folder: Path) -> None:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
-
 from loract.config import TASKS, Task
-from loract.errors import InvalidSpec
+from loract.errors import InvalidSpec, nearest
 
 _HEADS: dict[Task, str] = {
     "text-generation": """\
@@ -81,6 +79,5 @@ def starter(task: str) -> str:
         InvalidSpec: an unknown task.
     """
     if task not in TASKS:
-        close = difflib.get_close_matches(task, TASKS, n=1, cutoff=0.0)
-        raise InvalidSpec(f"task {task!r}", f"one of {', '.join(TASKS)}", f"did you mean {close[0]!r}?")
+        raise InvalidSpec(f"task {task!r}", f"one of {', '.join(TASKS)}", nearest(task, TASKS))
     return STARTERS[task]

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from loract.config import Task, TrainConfig
-from loract.errors import LoractError, MissingExtra
+from loract.errors import LoractError, MissingExtra, reason
 from loract.models import (
     load_model,
     read_architecture,
@@ -75,10 +75,7 @@ def prepare(config: TrainConfig) -> Ready:
 def _text_generation(
     config: TrainConfig, source: str | None, architecture: Any, train: Dataset, test: Dataset | None
 ) -> Ready:
-    if source is None:
-        raise LoractError("text-generation from scratch", "a pretrained model", "set model_name_or_path")
-    tokenizer = read_tokenizer(config, source)
-    length = sequence_length(config, architecture, tokenizer)
+    tokenizer, length = _text_inputs(config, source, architecture)
     form = form_of(train, config.dataset_text_field)
     if config.chat_template_path is not None:
         tokenizer.chat_template = _template(config.chat_template_path)
@@ -120,6 +117,14 @@ def _text_generation(
     )
 
 
+def _text_inputs(config: TrainConfig, source: str | None, architecture: Any) -> tuple[Any, int]:
+    """Tokenizer, and tokens a sequence."""
+    if source is None:
+        raise LoractError(f"{config.task} from scratch", "a pretrained model", "set model_name_or_path")
+    tokenizer = read_tokenizer(config, source)
+    return tokenizer, sequence_length(config, architecture, tokenizer)
+
+
 def _template(path: str) -> str:
     try:
         return Path(path).read_text(encoding="utf-8")
@@ -142,10 +147,7 @@ def _ids(tokenizer: Any, row: Any) -> Sequence[int]:
 def _text_classification(
     config: TrainConfig, source: str | None, architecture: Any, train: Dataset, test: Dataset | None
 ) -> Ready:
-    if source is None:
-        raise LoractError("text-classification from scratch", "a pretrained model", "set model_name_or_path")
-    tokenizer = read_tokenizer(config, source)
-    length = sequence_length(config, architecture, tokenizer)
+    tokenizer, length = _text_inputs(config, source, architecture)
     text, label = config.dataset_text_field, config.label_column_name
     train, test = _classes(architecture, train, test, text, label)
 
@@ -262,7 +264,7 @@ def trainer_arguments(ready: Ready) -> Any:
         "disable_tqdm": True,
         "logging_nan_inf_filter": False,
         "remove_unused_columns": config.task != "image-classification",
-        next(name for name in ("activation_checkpointing", "gradient_checkpointing") if name in known): False,
+        "activation_checkpointing": False,
     }
     if config.task == "text-generation":
         values |= {"max_length": ready.max_length, "dataset_text_field": "text", "chat_template_path": None}
@@ -271,5 +273,4 @@ def trainer_arguments(ready: Ready) -> Any:
     try:
         return kind(**values)
     except (ValueError, TypeError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise LoractError(f"arguments that transformers refuses ({first})", "others", "change them") from None
+        raise LoractError(f"arguments that transformers refuses ({reason(error)})", "others", "change them") from None

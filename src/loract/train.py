@@ -24,9 +24,9 @@ from loract.cpu import fast_bf16
 from loract.errors import LoractError
 from loract.hf import LoractCallback
 from loract.memory import MIB, peak_rss_bytes
-from loract.runs import CONFIG, SUMMARY, Run
+from loract.runs import CONFIG, SUMMARY, Run, step_of
 from loract.saved import SiteStats
-from loract.tasks import Ready, prepare
+from loract.tasks import Ready
 from loract.trainer import RunTrainer, make_trainer
 
 RESUMABLE = {
@@ -87,7 +87,7 @@ def train(
     state.wait_for_everyone()
     start = _starting_point(run, resume, checkpoint, tell)
     if state.is_main_process:
-        run.forget_metrics_after(0 if start is None else int(start.name.rpartition("-")[2]))
+        run.forget_metrics_after(0 if start is None else step_of(start))
     model = ready.load()
     policy = config.activation_compression.policy()
     compression = None if policy is None else LoractCallback(policy, seed=config.seed)
@@ -219,8 +219,7 @@ class _Follow(TrainerCallback):
                 raise LoractError(
                     f"loss {logs['loss']} at step {state.global_step}",
                     "a finite loss",
-                    "lower learning_rate or set max_grad_norm"
-                    + (f"; {kept[-1].name} is from before" if kept and _finite(state) else ""),
+                    "lower learning_rate or set max_grad_norm" + (f"; {kept[-1].name} is from before" if kept else ""),
                 )
             assert self._since is not None
             step, then = self._since
@@ -242,10 +241,6 @@ class _Follow(TrainerCallback):
 
 def _handle(trainer: Any) -> Any:
     return None if trainer.compression is None else trainer.compression.handle
-
-
-def _finite(state: Any) -> bool:
-    return all(math.isfinite(log["loss"]) for log in state.log_history[:-1] if "loss" in log)
 
 
 @dataclass
@@ -296,7 +291,7 @@ def _boards(config: TrainConfig, run: Run, start: Path | None) -> list[TrainerCa
             "the package",
             "pip install tensorboard, or report_to: none",
         ) from None
-    step = None if start is None else int(start.name.rpartition("-")[2]) + 1
+    step = None if start is None else step_of(start) + 1
     return [TensorBoardCallback(SummaryWriter(str(run.folder / "tensorboard"), purge_step=step))]
 
 
@@ -305,6 +300,3 @@ def peak_mib() -> float:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / MIB
     return peak_rss_bytes() / MIB
-
-
-__all__ = ["Ready", "Result", "plan", "prepare", "train"]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from loract.cpu import native_bf16
 from loract.data import standard_library, token_blocks
-from loract.errors import LoractError, MissingExtra
+from loract.errors import LoractError, MissingExtra, reason
 from loract.weights import gemma_270m, quiet
 
 RANK = 16
@@ -89,11 +89,10 @@ def load_model(name: str, *, dtype: torch.dtype) -> tuple[Any, Any]:
         try:
             tokenizer: Any = AutoTokenizer.from_pretrained(name)
             model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True)
-        except (OSError, ValueError) as reason:
-            first = str(reason).strip().splitlines()[0]
+        except (OSError, ValueError) as error:
             raise LoractError(
-                f"model {name!r} ({first})", "a causal language model's folder", "check the MODEL path"
-            ) from reason
+                f"model {name!r} ({reason(error)})", "a causal language model's folder", "check the MODEL path"
+            ) from error
         torch.manual_seed(0)
         model = peft.get_peft_model(model, peft.LoraConfig(r=RANK, target_modules="all-linear", task_type="CAUSAL_LM"))
     return model.train(), tokenizer
