@@ -22,6 +22,7 @@ check: setup
 
 bench: setup
 	$(BIN)/loract bench
+	$(BIN)/loract bench frontier
 
 setup: $(STAMP)
 

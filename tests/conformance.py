@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import oracles
-from loract.codecs import Codec, Packed
+from loract.codecs import Codec, Exact, Packed
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
@@ -129,6 +129,39 @@ def takes_affine_views_of_views(codec):
     close(view.decode(), dense, torch.float32)
     close(view.contract(normal(48, 3)), normal(48, 3).double().T @ dense, torch.float32)
     close(view.linear(normal(5, 32)), dense @ normal(5, 32).double().T, torch.float32)
+
+
+def slices_rows(codec):
+    for dtype in DTYPES:
+        for packed in (codec.encode(activation(dtype=dtype), generator()), Exact().encode(activation(dtype=dtype))):
+            dense, g, w = packed.decode(), normal(48, 3, dtype=dtype), normal(5, 32, dtype=dtype)
+            for part in (slice(5, 17), slice(0, 48), slice(47, 48), slice(-9, None), slice(3, 40, 4), slice(20, 20)):
+                try:
+                    rows = packed.rows(part)
+                except NotImplementedError:
+                    return
+                assert (rows.shape, rows.dtype) == (tuple(dense[part].shape), dtype)
+                assert rows.nbytes <= packed.nbytes
+                if packed.factored:
+                    close(rows.decode(), dense[part], dtype)
+                else:
+                    assert torch.equal(rows.decode(), dense[part])
+                close(rows.contract(g[part]), g[part].double().T @ dense[part].double(), dtype)
+                close(rows.linear(w), dense[part].double() @ w.double().T, dtype)
+                bound = rows.bind([None] * len(rows.tensors)).bind(rows.tensors)
+                assert torch.equal(bound.decode(), rows.decode())
+            once = packed.rows(slice(4, 40, 2)).rows(slice(3, 12))
+            close(once.decode(), dense[4:40:2][3:12], dtype)
+
+
+def slices_rows_of_affine_views(codec):
+    packed = codec.encode(activation(), generator())
+    view = packed.affine(rows=normal(48), cols=normal(32), bias=normal(32), row_bias=normal(48, seed=2))
+    try:
+        rows = view.rows(slice(5, 17))
+    except NotImplementedError:
+        return
+    close(rows.decode(), view.decode()[5:17], torch.float32)
 
 
 def never_takes_more_bytes(codec):
@@ -282,6 +315,8 @@ CHECKS = tuple(
         multiplies,
         takes_affine_views,
         takes_affine_views_of_views,
+        slices_rows,
+        slices_rows_of_affine_views,
         never_takes_more_bytes,
         codes_everything_without_a_guard,
         leaves_integers_alone,

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import oracles
-from loract.bitpack import pack, unpack
+from loract.bitpack import absmax, low_byte, pack, unpack
 from loract.errors import InvalidSpec
 
 
@@ -53,6 +53,52 @@ def test_empty(bits, shape):
 def test_codes_in_any_layout(bits):
     values = codes(9, 7, bits)
     assert torch.equal(pack(values.T.contiguous().T, bits), pack(values, bits))
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_packed_bytes_at_any_offset(bits):
+    values = codes(9, 16, bits)
+    packed = pack(values, bits)
+    for start in range(1, 4):
+        assert torch.equal(unpack(packed[start:], bits, 16), values[start:])
+        assert torch.equal(
+            pack(values.flatten()[start : start + 24].reshape(2, 12), bits),
+            pack(values.flatten()[start : start + 24].reshape(2, 12).clone(), bits),
+        )
+
+
+@pytest.mark.parametrize("bits", range(1, 8))
+def test_unpacking_leaves_the_packed_bytes_alone(bits):
+    packed = pack(codes(5, 17, bits), bits)
+    before = packed.clone()
+    unpack(packed, bits, 17)
+    assert torch.equal(packed, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("bits", "offset"), [(8, 128), (8, 0), (5, 16), (2, 2), (1, 0)])
+def test_low_byte_rounds_to_even_and_adds_the_offset(bits, offset, dtype):
+    values = [i / 8 for i in range(-8 * offset, 8 * (2**bits - 1 - offset) + 1)]
+    expected = [round(v) + offset for v in values]  # Python rounds to even too
+    assert low_byte(torch.tensor(values, dtype=dtype), offset, bits).tolist() == expected
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("value", [math.nan, -math.nan, math.inf, -math.inf, 1e30])
+def test_low_byte_of_any_number_is_a_code(bits, value):
+    assert int(low_byte(torch.tensor([value]), 0, bits)) < 2**bits
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_absmax_is_that_of_the_magnitudes(dtype):
+    x = torch.randn(7, 5, 3, generator=torch.Generator().manual_seed(0)).to(dtype)
+    x[0, 0, 0], x[1, 1, 1], x[2, 2, 2] = -0.0, -math.inf, -math.nan
+    x[3, 3] = 0
+    for dim in (0, 1, 2, -1):
+        expected = x.double().abs().amax(dim).to(dtype)
+        assert torch.equal(absmax(x, dim).isnan(), expected.isnan())
+        assert torch.equal(absmax(x, dim).nan_to_num(), expected.nan_to_num())
+        assert torch.equal(absmax(x.transpose(0, 2), dim).nan_to_num(), x.transpose(0, 2).abs().amax(dim).nan_to_num())
 
 
 @pytest.mark.parametrize("bits", [0, 9, -1, True, 2.5, "4"])

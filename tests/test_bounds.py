@@ -7,7 +7,16 @@ import pytest
 import torch
 
 import oracles
-from loract.bounds import coherence, failure_probability, posterior_error, posterior_floor, sampled_bound
+from loract.bounds import (
+    coherence,
+    failure_probability,
+    posterior_error,
+    posterior_floor,
+    rate_distortion,
+    sampled_bound,
+    water_filling,
+)
+from loract.errors import InvalidSpec
 from loract.rangefinder import Sampled
 
 
@@ -134,3 +143,80 @@ def test_posterior_error_of_extremes(total, captured, error):
 @pytest.mark.parametrize(("total", "captured"), [(torch.nan, 1.0), (1.0, torch.nan), (torch.inf, torch.inf)])
 def test_posterior_error_passes_nan_on(total, captured):
     assert torch.isnan(posterior_error(torch.tensor(total), torch.tensor(captured)))
+
+
+def _bisected(variances, bits):
+    """Bits and D(R) by bisection on the water level."""
+    low, high = 1e-300, max(variances)
+    for _ in range(2000):
+        theta = math.sqrt(low * high)
+        spent = sum(max(0.0, 0.5 * math.log2(v / theta)) if v > 0 else 0.0 for v in variances)
+        low, high = (theta, high) if spent > bits * len(variances) else (low, theta)
+    allotted = [max(0.0, 0.5 * math.log2(v / high)) if v > 0 else 0.0 for v in variances]
+    return allotted, sum(min(v, high) for v in variances)
+
+
+SPECTRA = {
+    "slow": [1 / i for i in range(1, 31)],
+    "fast": [1 / i**2 for i in range(1, 31)],
+    "equal": [3.0] * 7,
+    "one": [2.5],
+    "with zeros": [4.0, 0.0, 1.0, 0.0, 1e-9],
+    "unordered": [0.1, 7.0, 0.002, 3.0, 3.0],
+}
+
+
+@pytest.mark.parametrize("bits", [0.0, 0.05, 0.5, 1.0, 2.5, 8.0])
+@pytest.mark.parametrize("variances", SPECTRA.values(), ids=SPECTRA)
+def test_water_filling_is_the_level_that_spends_the_bits(variances, bits):
+    allotted, distortion = water_filling(torch.tensor(variances, dtype=torch.float64), bits)
+    expected, least = _bisected(variances, bits)
+    assert allotted.tolist() == pytest.approx(expected, abs=1e-6)
+    assert float(allotted.sum()) == pytest.approx(bits * len(variances), abs=1e-9)
+    assert distortion == pytest.approx(least / sum(variances), rel=1e-9)
+    assert rate_distortion(torch.tensor(variances, dtype=torch.float64), bits) == pytest.approx(least, rel=1e-9)
+
+
+def test_no_other_allocation_of_the_same_bits_errs_less():
+    variances = oracles.decaying(12, "fast").square()
+    least = rate_distortion(variances, 1.5)
+    rng = np.random.default_rng(0)
+    for _ in range(2000):
+        bits = rng.dirichlet(np.full(12, rng.choice([0.1, 0.5, 2.0]))) * 1.5 * 12
+        assert float((variances.numpy() * 4.0**-bits).sum()) >= least * (1 - 1e-12)
+
+
+def test_distortion_falls_by_6_db_a_bit_once_every_component_has_bits():
+    variances = torch.tensor([4.0, 2.0, 1.0])
+    assert rate_distortion(variances, 4.0) == pytest.approx(4 * rate_distortion(variances, 5.0))
+    assert rate_distortion(variances, 0.0) == pytest.approx(7.0)
+
+
+@pytest.mark.parametrize(
+    ("variances", "bits", "message"),
+    [
+        (torch.ones(3), -1.0, r"bits=-1\.0.*at least 0"),
+        (torch.ones(3), math.nan, "bits=nan"),
+        (torch.zeros(3), 1.0, "one above 0"),
+        (torch.tensor([1.0, -1.0]), 1.0, "finite variances"),
+        (torch.tensor([1.0, math.nan]), 1.0, "finite variances"),
+        (torch.ones(2, 2), 1.0, "a vector"),
+        (torch.ones(0), 1.0, "a vector"),
+    ],
+)
+def test_invalid_spectra(variances, bits, message):
+    with pytest.raises(InvalidSpec, match=message):
+        water_filling(variances, bits)
+
+
+@pytest.mark.parametrize(("bits", "factor"), [(1, 1.45), (2, 1.90), (4, 2.95), (8, 5.7)])
+def test_the_gap_of_a_fixed_rate_uniform_quantiser(bits, factor):
+    """The factors that `rate_distortion` states, by brute force over steps on Gaussian quantiles."""
+    values = math.sqrt(2) * torch.erfinv(2 * (torch.arange(400_000, dtype=torch.float64) + 0.5) / 400_000 - 1)
+    half = 2 ** (bits - 1)
+    errors = []
+    for step in np.geomspace(0.02, 2, 120):
+        levels = (values / step).floor().clamp(-half, half - 1) + 0.5
+        errors.append(float((values - step * levels).square().mean()))
+    assert min(errors) / rate_distortion(torch.ones(1), bits) == pytest.approx(factor, rel=0.03)
+    assert min(errors) / rate_distortion(torch.ones(1), bits) > (math.pi * math.e / 6 if bits > 1 else 1)

@@ -1,12 +1,17 @@
 """Every codec passes the conformance suite; then what each one promises beyond it."""
 
+import math
+from statistics import NormalDist
+
+import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import conformance
 import oracles
 from conformance import activation, generator, normal
-from loract.codecs import Exact, LowRank, Memo, Quantized, Recomputed
+from loract.codecs import Exact, LowRank, Memo, Quantized, Recomputed, State
 from loract.errors import InvalidSpec
 from loract.rangefinder import Gaussian, Sampled, Truncated
 
@@ -21,15 +26,41 @@ SAMPLERS = {
     "truncated": Truncated(),
 }
 LOW_RANK = {name: LowRank(rank=0.25, sampler=sampler) for name, sampler in SAMPLERS.items()}
-CODECS = LOW_RANK | {
-    "exact": Exact(),
-    "8-bit": Quantized(bits=8),
-    "4-bit": Quantized(bits=4),
-    "5-bit": Quantized(bits=5, group=32),
-    "stochastic": Quantized(bits=8, stochastic=True),
-    "small-groups": Quantized(bits=4, group=8),
-    "ragged-groups": Quantized(bits=4, group=12),
+CODED_FACTORS = {f"{bits}-bit-factors": LowRank(rank=0.25, factor_bits=bits) for bits in (8, 5)}
+CENTRED = {
+    "channel": Quantized(bits=8, scale="channel"),
+    "channel-4-bit": Quantized(bits=4, scale="channel"),
+    "channel-stochastic": Quantized(bits=6, scale="channel", stochastic=True),
+    "channel-normal": Quantized(bits=4, scale="channel", grid="normal"),
+    "channel-normal-7-bit": Quantized(bits=7, scale="channel", grid="normal"),
+    "row": Quantized(bits=8, scale="row"),
+    "row-stochastic": Quantized(bits=8, scale="row", stochastic=True),
+    "row-normal": Quantized(bits=5, scale="row", grid="normal"),
+    "group-normal": Quantized(bits=4, group=12, grid="normal"),
 }
+OUTLIERS = {
+    "exact-tokens": Quantized(bits=8, scale="channel", outliers=3),
+    "exact-tokens-3-bit": Quantized(bits=3, scale="channel", outliers=8),
+    "exact-tokens-normal": Quantized(bits=4, scale="channel", grid="normal", outliers=3),
+    "exact-features-row": Quantized(bits=6, scale="row", outliers=2),
+    "exact-features-group": Quantized(bits=4, group=8, outliers=3),
+    "exact-features-normal": Quantized(bits=4, grid="normal", outliers=2),
+}
+CODECS = (
+    LOW_RANK
+    | CODED_FACTORS
+    | CENTRED
+    | OUTLIERS
+    | {
+        "exact": Exact(),
+        "8-bit": Quantized(bits=8),
+        "4-bit": Quantized(bits=4),
+        "5-bit": Quantized(bits=5, group=32),
+        "stochastic": Quantized(bits=8, stochastic=True),
+        "small-groups": Quantized(bits=4, group=8),
+        "ragged-groups": Quantized(bits=4, group=12),
+    }
+)
 
 
 @pytest.mark.parametrize("check", conformance.CHECKS)
@@ -139,9 +170,279 @@ def test_stochastic_rounding_is_unbiased_and_nearest_is_not():
     assert torch.equal(nearest, torch.tensor([0.0, 0.0, 1.0, 1.0], dtype=torch.float64))
 
 
+def nearest_level(x, levels):
+    """Nearest of `levels` max |x| to each value of the vector x, by brute force in fp64."""
+    grid = np.abs(x).max() * levels
+    return np.array([grid[np.abs(grid - value).argmin()] for value in x])
+
+
+def sharing(x, scale, group):
+    """The vectors of x (numpy) whose values share a scale, as views to be written to."""
+    if scale == "channel":
+        return list(x.T)
+    group = x.shape[1] if scale == "row" else group
+    return [row[start : start + group] for row in x for start in range(0, x.shape[1], group)]
+
+
+def gaussian_levels(bits, shared):
+    """Quantiles of N(0, 3) by the standard library, up to the largest of `shared` standard normals, over the last."""
+    largest = NormalDist().inv_cdf(1 - 1 / (2 * shared))
+    wide, count = NormalDist(0, math.sqrt(3)), 2 ** (bits - 1) - 1
+    top = wide.cdf(largest)
+    positive = [wide.inv_cdf(0.5 + (top - 0.5) * i / count) / largest for i in range(1, count + 1)]
+    return np.array([-v for v in reversed(positive)] + [0.0] + positive)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 6, 8])
+@pytest.mark.parametrize("grid", ["uniform", "normal"])
+@pytest.mark.parametrize("scale", ["channel", "row", "group"])
+def test_centred_scales_give_the_nearest_level(scale, grid, bits):
+    if (scale, grid) == ("group", "uniform"):
+        return
+    x = normal(9, 21, dtype=torch.float64)
+    decoded = Quantized(bits=bits, scale=scale, grid=grid, group=8, guard=False).encode(x).decode()
+    expected = x.numpy().copy()
+    shared = {"channel": 9, "row": 21, "group": 8}[scale]
+    largest = 2 ** (bits - 1) - 1
+    levels = np.arange(-largest, largest + 1) / largest if grid == "uniform" else gaussian_levels(bits, shared)
+    for part in sharing(expected, scale, 8):
+        part[:] = nearest_level(part, levels)
+    assert np.allclose(decoded.numpy(), expected, rtol=0, atol=1e-9)
+    assert torch.equal(Quantized(bits=bits, scale=scale, grid=grid, group=8, guard=False).encode(-x).decode(), -decoded)
+
+
+@pytest.mark.parametrize("stochastic", [False, True])
+@pytest.mark.parametrize("scale", ["channel", "row"])
+@pytest.mark.parametrize("bits", [2, 5, 8])
+@pytest.mark.parametrize("dtype", conformance.DTYPES)
+def test_centred_error_stays_below_the_step(dtype, bits, scale, stochastic):
+    x = 100 * normal(300, 40, dtype=dtype)
+    packed = Quantized(bits=bits, scale=scale, stochastic=stochastic, guard=False).encode(x, generator())
+    step = x.double().abs().amax(0 if scale == "channel" else 1, keepdim=True) / (2 ** (bits - 1) - 1)
+    error = (packed.decode().double() - x.double()).abs()
+    rounding = torch.finfo(dtype).eps * (x.double().abs() + step) + 1e-6 * step * 2**bits
+    assert (error - (1.0 if stochastic else 0.5) * step - rounding).max() <= 0
+    assert (packed.decode().abs() <= x.abs().amax() * (1 + torch.finfo(dtype).eps)).all()
+
+
+@pytest.mark.parametrize("chunk", [40, 1000])
+@pytest.mark.parametrize("codec", [CODECS[name] for name in CENTRED | OUTLIERS if "stochastic" not in name])
+def test_chunks_do_not_show(codec, chunk, monkeypatch):
+    x = activation(dtype=torch.bfloat16)
+    whole = codec.encode(x)
+    monkeypatch.setattr("loract.linalg.CHUNK_ELEMENTS", chunk)
+    parts = codec.encode(x)
+    assert all(torch.equal(a, b) for a, b in zip(whole.tensors, parts.tensors, strict=True))
+    assert torch.equal(parts.decode(), whole.decode())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    ("options", "nbytes"),
+    [
+        ({"scale": "channel"}, 100 * 64 + 64 * 4),
+        ({"scale": "channel", "bits": 6}, 100 * 48 + 64 * 4),
+        ({"scale": "row", "bits": 4}, 100 * (32 + 4)),
+        ({"grid": "normal", "bits": 4, "group": 32}, 100 * (32 + 2 * 4)),
+    ],
+)
+def test_bytes_of_centred_scales(options, nbytes, dtype):
+    x = normal(100, 64, dtype=dtype)
+    assert Quantized(**options).encode(x).nbytes == nbytes
+    lines = {"channel": 3 * (64 * dtype.itemsize + 4)}.get(options.get("scale"))
+    if lines:
+        assert Quantized(**options, outliers=3).encode(x).nbytes == nbytes + lines
+    if options.get("scale") == "row":
+        coded = 100 * (-(-61 * 4 // 8) + 4)
+        assert Quantized(**options, outliers=3).encode(x).nbytes == coded + 100 * 3 * dtype.itemsize + 64 * 4
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_coding_by_channel_makes_no_wide_copy(dtype):
+    x = torch.randn(4096, 1024, generator=generator()).to(dtype)
+    codec = Quantized(scale="channel")
+    largest = 0
+
+    class Largest(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor) and out.untyped_storage().data_ptr() != x.untyped_storage().data_ptr():
+                largest = max(largest, out.untyped_storage().nbytes())
+            return out
+
+    with Largest():
+        packed = codec.encode(x)
+    assert largest == x.numel()
+    with Largest():
+        packed.decode()
+    assert largest == x.nbytes
+
+
+@pytest.mark.parametrize("scale", ["channel", "row"])
+@pytest.mark.parametrize("dtype", conformance.DTYPES)
+def test_centred_scales_keep_zeros_and_subnormals_apart_from_nan(scale, dtype):
+    x = torch.zeros(40, 40, dtype=dtype)
+    x[3, 4] = torch.finfo(dtype).smallest_normal / 4
+    decoded = Quantized(scale=scale, guard=False).encode(x).decode()
+    assert torch.isfinite(decoded).all()
+    assert (decoded - x).abs().max() <= torch.finfo(dtype).smallest_normal
+    x[3, 4] = torch.finfo(dtype).max / 2
+    decoded = Quantized(scale=scale, guard=False).encode(x).decode()
+    assert decoded[3, 4].item() == pytest.approx(x[3, 4].item(), rel=1e-2)
+    assert decoded.count_nonzero() == 1
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("grid", ["uniform", "normal"])
+@pytest.mark.parametrize("bits", [3, 4, 6, 8])
+def test_only_what_shares_a_scale_with_a_value_that_is_not_finite_is_lost(bits, grid, value):
+    x = normal(40, 64)
+    clean = {scale: Quantized(bits=bits, scale=scale, grid=grid).encode(x).decode() for scale in ("channel", "row")}
+    x[7, 20] = value
+    for scale, lost in (("channel", (slice(None), 20)), ("row", 7)):
+        decoded = Quantized(bits=bits, scale=scale, grid=grid).encode(x).decode()
+        expected = clean[scale].clone()
+        expected[lost] = torch.nan
+        assert torch.equal(decoded.isnan(), expected.isnan())
+        assert torch.equal(decoded.nan_to_num(), expected.nan_to_num())
+
+
+def test_a_token_or_feature_that_is_not_finite_is_the_first_outlier():
+    x = normal(40, 64)
+    for scale in ("channel", "row", "group"):
+        for value in (torch.nan, torch.inf):
+            bad = x.clone()
+            bad[7, 20] = value
+            decoded = Quantized(scale=scale, outliers=1).encode(bad).decode()
+            assert torch.isfinite(decoded).sum() == x.numel() - 1
+            bad[9, 30] = torch.nan
+            decoded = Quantized(scale=scale, outliers=1).encode(bad).decode()
+            assert not torch.isfinite(decoded[7, 20])
+            assert decoded[9, 30].isnan()
+
+
+def test_a_normal_grid_is_better_for_gaussian_values():
+    x = normal(4096, 64)
+    error = {}
+    for scale in ("channel", "row", "group"):
+        for grid in ("uniform", "normal"):
+            decoded = Quantized(bits=4, scale=scale, grid=grid).encode(x).decode()
+            error[scale, grid] = oracles.relative(decoded, x)
+    assert error["channel", "uniform"] == pytest.approx(0.159, rel=0.05)
+    assert error["channel", "normal"] == pytest.approx(0.115, rel=0.05)
+    assert error["row", "normal"] <= 0.91 * error["row", "uniform"]
+    # Within a group of 64 the spread is small, and low and high by themselves are worth more than the grid.
+    assert error["group", "normal"] == pytest.approx(0.095, rel=0.03)
+    assert error["group", "uniform"] == pytest.approx(0.090, rel=0.03)
+
+
+def test_exact_tokens_keep_the_others_fine():
+    x = normal(512, 64)
+    x[[3, 77, 300]] *= 100
+    rest = torch.ones(512, dtype=torch.bool)
+    rest[[3, 77, 300]] = False
+    plain = Quantized(bits=6, scale="channel").encode(x).decode()
+    decoded = Quantized(bits=6, scale="channel", outliers=3).encode(x).decode()
+    assert torch.equal(decoded[~rest], x[~rest])
+    alone = Quantized(bits=6, scale="channel").encode(x[rest]).decode()
+    assert torch.equal(decoded[rest], alone)
+    assert oracles.relative(decoded[rest], x[rest]) <= 0.04 <= 0.9 * oracles.relative(plain[rest], x[rest])
+
+
+def test_a_token_that_is_large_in_two_channels_only_is_found():
+    x = normal(2048, 256)
+    x[5, [3, 77]] = 1000.0
+    decoded = Quantized(bits=6, scale="channel", outliers=1).encode(x).decode()
+    assert torch.equal(decoded[5], x[5])
+
+
+@pytest.mark.parametrize("scale", ["row", "group"])
+def test_exact_features_keep_the_others_fine(scale):
+    x = normal(64, 256)
+    x[:, [3, 77, 130]] *= 100
+    rest = torch.ones(256, dtype=torch.bool)
+    rest[[3, 77, 130]] = False
+    plain = Quantized(bits=6, scale=scale).encode(x).decode()
+    decoded = Quantized(bits=6, scale=scale, outliers=3).encode(x).decode()
+    assert torch.equal(decoded[:, ~rest], x[:, ~rest])
+    assert torch.equal(decoded[:, rest], Quantized(bits=6, scale=scale).encode(x[:, rest]).decode())
+    assert oracles.relative(decoded[:, rest], x[:, rest]) <= 0.5 * oracles.relative(plain[:, rest], x[:, rest])
+
+
+@pytest.mark.parametrize("scale", ["row", "group", "channel"])
+def test_more_outliers_than_lines_leave_one_to_code(scale):
+    x = normal(5, 6)
+    decoded = Quantized(scale=scale, outliers=99, guard=False).encode(x).decode()
+    assert (decoded != x).any(0 if scale != "channel" else 1).sum() <= 1
+
+
+@pytest.mark.parametrize("scale", ["row", "channel"])
+def test_stochastic_rounding_to_centred_scales_is_unbiased(scale):
+    value = torch.tensor([[-1.0, -0.6, 0.0, 0.3, 0.8, 1.0]], dtype=torch.float64)
+    x = value.repeat(20000, 1) if scale == "row" else value.T.repeat(1, 20000)
+    mean = Quantized(bits=2, scale=scale, stochastic=True, guard=False).encode(x, generator()).decode()
+    mean = mean.mean(0) if scale == "row" else mean.mean(1)
+    assert (mean - value[0]).abs().max() <= 5 * 0.5 / 20000**0.5
+
+
+@pytest.mark.parametrize("dtype", conformance.DTYPES)
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_bytes_of_coded_factors(bits, dtype):
+    packed = LowRank(rank=8, factor_bits=bits).encode(activation(200, 64, dtype), generator())
+    assert packed.nbytes == 200 * bits + 64 * 8 + 2 * 8 * max(4, dtype.itemsize)
+    assert packed.nbytes < LowRank(rank=8).encode(activation(200, 64, dtype), generator()).nbytes
+
+
+@pytest.mark.parametrize("bits", [3, 4, 6, 8])
+def test_coded_factors_report_an_error_that_includes_their_rounding(bits):
+    x = activation(400, 64, torch.float64)
+    packed = LowRank(rank=24, factor_bits=bits).encode(x, generator())
+    plain = LowRank(rank=24).encode(x, generator())
+    assert float(packed.error) == pytest.approx(oracles.relative(packed.decode(), x), rel=0.1)
+    assert packed.error > plain.error
+
+
+def test_coded_factors_are_those_of_the_plain_codec_rounded():
+    x = activation(400, 64, torch.float64)
+    coded = LowRank(rank=8, factor_bits=6).encode(x, generator())
+    plain = LowRank(rank=8).encode(x, generator())
+    expected = []
+    for factor, bits in zip(plain.tensors, (6, 8), strict=True):
+        values, largest = factor.numpy().copy(), 2 ** (bits - 1) - 1
+        for column in sharing(values, "channel", None):
+            column[:] = nearest_level(column, np.arange(-largest, largest + 1) / largest)
+        expected.append(values)
+    assert np.allclose(coded.decode().numpy(), expected[0] @ expected[1].T, rtol=0, atol=1e-9)
+    assert coded.factored
+    assert all(t.dtype in (torch.uint8, torch.float64) for t in coded.tensors)
+
+
+def test_coded_factors_may_code_what_plain_ones_would_not_shrink():
+    assert not LowRank(rank=25).codes(48, 32, torch.float32)
+    assert LowRank(rank=25, factor_bits=8).codes(48, 32, torch.float32)
+    assert not LowRank(rank=32, factor_bits=8).codes(32, 32, torch.bfloat16)
+
+
+@pytest.mark.parametrize("factor_bits", [None, 8])
+def test_a_tolerance_is_followed_up_to_the_last_rank_that_shrinks(factor_bits):
+    x, state = normal(60, 40, dtype=torch.bfloat16), State()
+    codec = LowRank(rank=2, tolerance=0.01, factor_bits=factor_bits)
+    sizes = []
+    for _ in range(16):
+        packed = codec.encode(x, generator(), state)
+        if packed.tensors[0] is x:
+            break
+        sizes.append(packed.nbytes)
+    assert sizes == sorted(sizes)
+    # The 23rd of 24 columns of 200 bytes that make x; with coded factors all 40 fit.
+    assert sizes[-1] == (40 * (60 + 40 + 8) if factor_bits else 23 * 200) < x.nbytes
+
+
 def test_random_codecs_draw_from_the_generator():
     x = activation()
-    for codec in (Quantized(bits=4, stochastic=True), LowRank(rank=4)):
+    codecs = (Quantized(bits=4, stochastic=True), Quantized(scale="channel", stochastic=True), LowRank(rank=4))
+    for codec in codecs:
         assert not torch.equal(codec.encode(x, generator(1)).decode(), codec.encode(x, generator(2)).decode())
 
 
@@ -159,6 +460,17 @@ def test_random_codecs_draw_from_the_generator():
         (lambda: Quantized(bits=True), "bits=True"),
         (lambda: Quantized(group=1), "group=1.*at least 2"),
         (lambda: Quantized(group=True), "group=True"),
+        (lambda: Quantized(scale="column"), r"scale='column'.*\"group\", \"row\" or \"channel\".*next: use scale"),
+        (lambda: Quantized(grid="nf4"), r"grid='nf4'.*\"uniform\" or \"normal\""),
+        (lambda: Quantized(bits=1, scale="channel"), "bits=1 with scale='channel'.*at least 2 bits.*use bits=2"),
+        (lambda: Quantized(bits=1, grid="normal"), "bits=1 with scale='group', grid='normal'"),
+        (lambda: Quantized(grid="normal", stochastic=True), "stochastic=True with grid.*unbiased.*use grid"),
+        (lambda: Quantized(outliers=-1), "outliers=-1.*an integer from 0"),
+        (lambda: Quantized(outliers=True), "outliers=True"),
+        (lambda: Quantized(outliers=0.5), r"outliers=0\.5"),
+        (lambda: LowRank(factor_bits=1), "factor_bits=1.*from 2 to 8.*use factor_bits=8"),
+        (lambda: LowRank(factor_bits=9), "factor_bits=9"),
+        (lambda: LowRank(factor_bits=True), "factor_bits=True"),
     ],
 )
 def test_invalid_codecs(make, message):

@@ -4,6 +4,7 @@ import pytest
 import yaml
 
 import loract
+from loract.audit import Audits
 from loract.config import TASKS, Compression, TrainConfig, load_config
 from loract.starters import STARTERS, starter
 from training import write_config
@@ -45,6 +46,21 @@ def test_policies():
     assert Compression(preset="tensor", bits=8).policy() == loract.preset("tensor", codec=loract.Quantized(bits=8))
 
 
+def test_audits():
+    block = {"preset": "tensor", "audit_every": 50, "max_error": 0.1, "on_excess": "stop"}
+    assert Compression(**block).audits() == Audits(every=50, max_error=0.1, on_excess="stop")
+    assert Compression(preset="tensor").audits() == Audits(every=100)
+    assert Compression(preset="tensor", audit_every=0).audits() is None
+    for lossless in ({"preset": "exact"}, {"preset": "sublayer", "exact": True}, {"preset": "none"}):
+        assert Compression(**lossless).audits() is None
+
+
+def test_the_old_name_of_audit_every():
+    block = Compression(preset="tensor", fidelity_steps=7)
+    assert block == Compression(preset="tensor", audit_every=7)
+    assert "fidelity_steps" not in block.model_dump()
+
+
 def test_the_resolved_configuration_reads_back(tmp_path):
     config = load(tmp_path, activation_compression={"preset": "layer", "rank": 4}, val_set_size=0.5)
     path = tmp_path / "again.yaml"
@@ -67,7 +83,7 @@ def test_every_key_is_documented():
     from pathlib import Path
 
     page = (Path(__file__).parent.parent / "docs" / "training.md").read_text()
-    missing = [key for key in TrainConfig.model_fields if f"`{key}`" not in page]
+    missing = [key for key in (*TrainConfig.model_fields, *Compression.model_fields) if f"`{key}`" not in page]
     assert not missing
 
 
@@ -83,6 +99,13 @@ def test_every_key_is_documented():
         ({"activation_compression": {"preset": "none", "bits": 4}}, "preset none"),
         ({"activation_compression": {"preset": "tensor", "bits": 9}}, "bits=9"),
         ({"activation_compression": {"preset": "tensor", "bits": 4, "rank": 4}}, "both rank and bits"),
+        ({"activation_compression": {"audit_evry": 5}}, "did you mean 'audit_every'"),
+        ({"activation_compression": {"audit_every": -1}}, "audit_every=-1.*greater than or equal to 0"),
+        ({"activation_compression": {"max_error": 0}}, "max_error=0.*greater than 0"),
+        ({"activation_compression": {"max_error": 0.1, "on_excess": "tigten"}}, "did you mean 'tighten'"),
+        ({"activation_compression": {"on_excess": "stop"}}, "on_excess='stop' without max_error"),
+        ({"activation_compression": {"audit_every": 0, "max_error": 0.1}}, "max_error with audit_every 0"),
+        ({"activation_compression": {"audit_every": 5, "fidelity_steps": 5}}, "both audit_every and fidelity_steps"),
         ({"task": "text-classificaton"}, "did you mean 'text-classification'"),
         ({"learning_rate": "fast"}, "learning_rate='fast'.*number"),
         ({"learning_rate": -1}, "learning_rate=-1.*greater than 0"),

@@ -5,7 +5,7 @@ from typing import Any
 
 from loract.attach import Handle, attach
 from loract.audit import Fidelity, audit
-from loract.codecs import Exact, LowRank, Quantized
+from loract.codecs import Exact, LowRank, Quantized, Transform
 from loract.errors import InvalidSpec, LoractError, MissingExtra, UnsupportedModule
 from loract.policy import Policy, Rule, Site, preset
 from loract.rangefinder import Gaussian, Sampled, Truncated
@@ -26,6 +26,7 @@ __all__ = [
     "Rule",
     "Sampled",
     "Site",
+    "Transform",
     "Truncated",
     "UnsupportedModule",
     "attach",

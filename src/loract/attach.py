@@ -6,6 +6,7 @@ import copy
 import threading
 from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -21,7 +22,7 @@ from loract.functions.adapter import adapter_product
 from loract.functions.base import Autocast
 from loract.functions.checkpoint import Rerun, checkpoint
 from loract.functions.gated import GatedCall, gated
-from loract.functions.norm import NormCall, norm
+from loract.functions.norm import NormCall, norm, normalised
 from loract.policy import REGIONS, Policy, as_policy
 from loract.recognize import (
     ActivationRole,
@@ -39,6 +40,7 @@ from loract.recognize import (
 from loract.region import Region
 from loract.residual import Residual
 from loract.saved import Index, Ledger, RunningSite, SiteStats
+from loract.stream import Streams
 
 _MARK = "_loract_handle"
 
@@ -59,7 +61,8 @@ class Handle(Uncopied):
     def __init__(self, model: nn.Module, policy: Policy, seed: int) -> None:
         """Recognise and patch; on any failure the model is left as it was."""
         self.model, self.policy, self.seed = model, policy, seed
-        self.index, self.ledger, self.residual = Index(), Ledger(), Residual()
+        self.index, self.ledger = Index(), Ledger()
+        self.residual, self.streams = Residual(), Streams()
         self.sites: list[RunningSite] = []
         self.left: list[tuple[str, str, str]] = []
         self._undo: list[Callable[[], None]] = []
@@ -77,6 +80,7 @@ class Handle(Uncopied):
         self._undo.append(lambda: delattr(self.model, _MARK))
         # A region may be the module of another site too: it then runs that site's forward, so it comes last.
         for item in (*found.sites, *find_regions(self.model, found)):
+            item = self._streamed(item)
             codec = self.policy.codec(item.site)
             if codec is None:
                 if item.site.kind not in REGIONS:
@@ -107,6 +111,11 @@ class Handle(Uncopied):
                 "a model with LoRA adapters, norms or gated blocks",
                 "add adapters first (peft.get_peft_model), or see handle.left on a part of the model",
             )
+
+    def _streamed(self, item: Found) -> Found:
+        """A norm as a site of the residual stream, if the policy has a rule for it there."""
+        site = replace(item.site, kind="stream")
+        return replace(item, site=site) if item.site.kind == "norm" and self.policy.codec(site) else item
 
     def stats(self) -> list[SiteStats]:
         """Per site, over its last call with gradients: bytes before and after, calls, error."""
@@ -217,6 +226,10 @@ class Handle(Uncopied):
             trains = any(t is not None and t.requires_grad for t in (x, weight, bias))
             if not torch.is_grad_enabled():
                 return original(x)
+            if site.site.kind == "stream" and not self.ledger.recomputing:
+                return self._stream_norm(x, weight, bias, site, role, original) if trains else self._stream_start(
+                    x, site, original
+                )
             if not trains:  # autograd saves nothing for it; what its readers need they pack themselves
                 site.begin(0)
                 return original(x)
@@ -230,6 +243,30 @@ class Handle(Uncopied):
             return y
 
         self._set(module, "forward", forward)
+
+    def _stream_norm(
+        self, x: Tensor, weight: Tensor | None, bias: Tensor | None, site: RunningSite, role: NormRole, original: Any
+    ) -> Tensor:
+        """A norm whose input is a step of the residual stream."""
+        site.begin(_norm_bytes(x, role))
+        streamed = self.streams.enter(x, site.encode)
+        call = NormCall(role=role, forward=original, lossy=False, encode=lambda _: streamed, statistics=True)
+        y = norm(x, weight, bias, call)
+        assert call.output is not None
+        site.keep(*(t for t in (call.rstd, call.mean) if t is not None))
+        scale = role.scale(None if weight is None else weight.detach())
+        self.streams.output(y, streamed.entry, scale=scale, bias=bias, rstd=call.rstd, mean=call.mean)
+        self.index.put(x, streamed)
+        self.index.put(y, call.output)
+        return y
+
+    def _stream_start(self, x: Tensor, site: RunningSite, original: Any) -> Tensor:
+        """The first norm over frozen embeddings: nothing is kept for it, but the stream and its readers start here."""
+        site.begin(0)
+        streamed = self.streams.enter(x, site.encode)
+        y = original(x)
+        self.index.put(y, normalised(streamed, original, x, y.dtype))
+        return y
 
     def _norm_input(self, site: RunningSite, x: Tensor) -> Packed:
         """X itself, or the sum that it is."""
@@ -296,7 +333,7 @@ class Handle(Uncopied):
             coded = activations(tensors, role.widths)
             verdict = region.verdict(tensors, coded, rebuild, rest)
             reason = verdict.refused
-            if reason is None and verdict.decides and any(site.lossy(t) for t in coded):
+            if reason is None and verdict.decides and any(self._coded(site, t) for t in coded):
                 reason = "chooses by its inputs, and a coded input could choose otherwise"
             if reason is not None:
                 self._leave(item, reason)
@@ -318,6 +355,11 @@ class Handle(Uncopied):
             return out
 
         self._set(module, "forward", forward)
+
+    def _coded(self, site: RunningSite, x: Tensor) -> bool:
+        """Whether x would come back other than it is."""
+        packed = self.index.get(x)
+        return site.lossy(x) if packed is None else packed.lossy
 
     def _leave(self, item: Found, reason: str) -> None:
         entry = (item.site.name, type(item.module).__name__, reason)

@@ -14,13 +14,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from loract.attach import Handle, attach
 from loract.audit import Fidelity, compare_gradients, gradients
 from loract.codecs import Exact
 from loract.memory import step_bytes
 from loract.policy import Policy, preset
-from loract.workload import Workload
+from loract.workload import Work
 
 Progress = Callable[[str, int, int], None]
 """Called when a piece of work starts: what it is, how many are done, how many there are."""
@@ -41,21 +42,30 @@ class Ticker:
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
-    """One way to run the step: plain, with torch's checkpointing of every layer, or with a policy attached."""
+    """One way to run the step: plain, with torch's checkpointing, with a policy attached, or remade by `wrap`."""
 
     name: str
     policy: Policy | None = None
-    checkpointing: bool = False
+    checkpointing: int = 0
+    """Every so many-th layer is checkpointed by torch; 0: none."""
+    wrap: Callable[[Any], Any] | None = None
+    """Takes the model's twin and returns it, or another model with the same values, doing it another way."""
+    optimiser: Callable[[Any, float], torch.optim.Optimizer] | None = None
+    """Makes the method's own optimiser of the model and a learning rate; None: AdamW."""
+    compiled: bool = False
+    """Compiled code runs beside dispatch modes: its bytes are the allocator's, and no mode may be active."""
+    note: str = ""
+    """What a reader of its figures has to know."""
 
     @property
     def plain(self) -> bool:
         """Whether it is the step as it is, whose gradient is the reference."""
-        return self.policy is None and not self.checkpointing
+        return self.policy is None and self.wrap is None and not self.checkpointing
 
 
 STANDARD = (
     Variant(name="LoRA"),
-    Variant(name="LoRA + checkpointing", checkpointing=True),
+    Variant(name="LoRA + checkpointing", checkpointing=1),
     Variant(name="loract exact", policy=preset("exact")),
     Variant(name="loract tensor 1/8", policy=preset("tensor", rank=1 / 8)),
     Variant(name="loract sublayer exact", policy=preset("sublayer", codec=Exact())),
@@ -87,33 +97,41 @@ def contend(model: nn.Module, variant: Variant) -> Contender:
     if variant.checkpointing:
         base = twin.get_base_model()  # transformers 5.23 renamed it
         enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
+        every = {"every_n_layers": variant.checkpointing} if variant.checkpointing > 1 else {}
+        enable({"use_reentrant": False}, **every)
+    if variant.wrap is not None:
+        twin = variant.wrap(twin)
     handle = None if variant.policy is None else attach(twin, variant.policy)
     return Contender(variant=variant, model=twin, handle=handle)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Body:
-    """One step of the decoder body: bytes, without parameters and their gradients, and the output."""
+    """One step of the model's body: bytes, without parameters and their gradients, and the output."""
 
     saved_bytes: int
     peak_bytes: int
     hidden: Tensor
 
 
-def body_step(contender: Contender, work: Workload, ids: Tensor, upstream: Tensor) -> Body:
-    """Measure one forward and backward of the decoder body. Parameters, the same for all variants, are excluded."""
+Meter = Callable[[Callable[[], Tensor], Callable[[Tensor], object], list[Tensor]], tuple[int, int]]
+"""Saved and peak bytes of one step, given its forward, its backward and the tensors not to count: `step_bytes`."""
+
+
+def body_step(contender: Contender, work: Work, batch: Any, upstream: Tensor, meter: Meter = step_bytes) -> Body:
+    """Measure one forward and backward of the model's body. Parameters, the same for all variants, are excluded."""
     parameters = list(contender.model.parameters())
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
-    held = [*parameters, *(p.grad for p in parameters if p.grad is not None), ids, upstream]
+    leaves = [t for t in tree_leaves(batch) if isinstance(t, Tensor)]
+    held = [*parameters, *(p.grad for p in parameters if p.grad is not None), *leaves, upstream]
     seen: list[Tensor] = []
 
     def backward(hidden: Tensor) -> None:
         hidden.backward(upstream)
         seen.append(hidden.detach())
 
-    saved, peak = step_bytes(lambda: work.hidden(contender.model, ids), backward, held)
+    saved, peak = meter(lambda: work.hidden(contender.model, batch), backward, held)
     contender.model.zero_grad(set_to_none=True)
     return Body(saved_bytes=saved, peak_bytes=peak, hidden=seen[0])
 
@@ -131,34 +149,66 @@ def time_ratio(contender: Contender, reference: Contender) -> float:
     return statistics.median(a / b for a, b in zip(contender.seconds, reference.seconds, strict=True))
 
 
-def fidelities(
-    work: Workload, model: Any, variants: Sequence[Variant], ids: Tensor, tick: Ticker
-) -> dict[str, Fidelity]:
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Yardstick:
+    """The plain gradient of a model in fp32 for one upstream gradient: what every method is held against."""
+
+    work: Work
+    model: Any
+    batch: Any
+    upstream: Tensor
+    loss: float
+    exact: dict[str, Tensor]
+
+    @classmethod
+    def of(cls, work: Work, model: Any, batch: Any) -> Yardstick:
+        """Measure with a copy of `model` in fp32."""
+        wide = copy.deepcopy(model).float()
+        upstream = work.upstream(wide, batch)
+        loss, exact = gradients(wide, batch, _inner(work, upstream))
+        return cls(work=work, model=wide, batch=batch, upstream=upstream, loss=loss, exact=exact)
+
+    def score(self, variant: Variant) -> Fidelity:
+        """The variant's gradient, in fp32."""
+        if variant.plain:
+            return compare_gradients(self.loss, self.exact, self.exact, [])
+        twin = contend(self.model, variant)
+        try:
+            loss, ours = gradients(twin.model, self.batch, _inner(self.work, self.upstream))
+            stats = [] if twin.handle is None else twin.handle.stats()
+        finally:
+            twin.close()
+        return compare_gradients(loss, self.exact, ours, stats)
+
+    def own(self, model: Any) -> Fidelity:
+        """The gradient of `model` as it is, in its own dtype. Leaves no gradients behind."""
+        loss, ours = gradients(model, self.batch, _inner(self.work, self.upstream))
+        model.zero_grad(set_to_none=True)
+        return compare_gradients(loss, self.exact, ours, [])
+
+
+def _inner(work: Work, upstream: Tensor) -> Callable[[Any, Any], Tensor]:
+    """A loss whose gradient with respect to the hidden state is `upstream`."""
+
+    def loss(model: Any, batch: Any) -> Tensor:
+        hidden = work.hidden(model, batch)
+        return (hidden * upstream.to(hidden.dtype)).sum()
+
+    return loss
+
+
+def fidelities(work: Work, model: Any, variants: Sequence[Variant], batch: Any, tick: Ticker) -> dict[str, Fidelity]:
     """Each variant's gradient of `model` in fp32 against plain autograd's, for one upstream gradient.
 
     The name "bf16" holds what the model's own dtype does to the plain gradient: the floor for any method.
     """
-    wide = copy.deepcopy(model).float()
-    upstream = work.upstream(wide, ids)
-
-    def loss(twin: Any, ids: Tensor) -> Tensor:
-        hidden = work.hidden(twin, ids)
-        return (hidden * upstream.to(hidden.dtype)).sum()
-
     tick("gradient in fp32, plain")
-    value, exact = gradients(wide, ids, loss)
+    yardstick = Yardstick.of(work, model, batch)
     found: dict[str, Fidelity] = {}
     for variant in variants:
-        if variant.plain:
-            found[variant.name] = compare_gradients(value, exact, exact, [])
-            continue
-        tick(f"gradient in fp32, {variant.name}")
-        twin = contend(wide, variant)
-        value, ours = gradients(twin.model, ids, loss)
-        found[variant.name] = compare_gradients(value, exact, ours, [] if twin.handle is None else twin.handle.stats())
-        twin.close()
+        if not variant.plain:
+            tick(f"gradient in fp32, {variant.name}")
+        found[variant.name] = yardstick.score(variant)
     tick("gradient in the model's own dtype")
-    value, ours = gradients(model, ids, loss)
-    model.zero_grad(set_to_none=True)
-    found["bf16"] = compare_gradients(value, exact, ours, [])
+    found["bf16"] = yardstick.own(model)
     return found

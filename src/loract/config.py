@@ -9,6 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
+from loract.audit import Audits, OnExcess
+from loract.codecs import Exact
 from loract.errors import InvalidSpec, LoractError, MissingExtra, nearest
 from loract.policy import Policy, parse_policy
 
@@ -40,13 +42,43 @@ class Compression(_Block):
     """Quantise to so many bits instead of low rank."""
     exact: bool = False
     """Keep the inputs of sublayers or layers as they are: a checkpointing without loss."""
-    fidelity_steps: Annotated[int, Field(ge=0)] = 100
+    audit_every: Annotated[int, Field(ge=0)] = 100
     """Measure the gradient's error against plain autograd every so many steps, at the price of three; 0: never."""
+    max_error: Positive | None = None
+    """Relative error of the gradient that an audit may find."""
+    on_excess: OnExcess = "warn"
+    """What happens above `max_error`: a warning, a more accurate policy for the rest of the run, or its end."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _old_name(cls, values: Any) -> Any:
+        if not isinstance(values, Mapping) or "fidelity_steps" not in values:
+            return values
+        if "audit_every" in values:
+            raise InvalidSpec("both audit_every and fidelity_steps", "one of them", "drop fidelity_steps, its old name")
+        return {("audit_every" if key == "fidelity_steps" else key): value for key, value in values.items()}
 
     @model_validator(mode="after")
-    def _policy_exists(self) -> Compression:
+    def _policy_and_audits_exist(self) -> Compression:
         self.policy()
+        self.audits()
         return self
+
+    def audits(self) -> Audits | None:
+        """When the run is audited; None: never, because it is switched off or nothing is lost.
+
+        Raises:
+            InvalidSpec: a bound without audits, or a reaction without a bound.
+        """
+        if self.audit_every == 0:
+            if self.max_error is not None or self.on_excess != "warn":
+                name = "max_error" if self.max_error is not None else "on_excess"
+                raise InvalidSpec(f"{name} with audit_every 0", "audits that find the error", "try audit_every: 50")
+            return None
+        audits = Audits(every=self.audit_every, max_error=self.max_error, on_excess=self.on_excess)
+        policy = self.policy()
+        lossless = policy is None or all(isinstance(rule.codec, Exact) for rule in policy.rules)
+        return None if lossless else audits
 
     def policy(self) -> Policy | None:
         """The policy that the block names; None for `none`."""

@@ -1,7 +1,8 @@
-"""Real text without a download: the standard library's own sources, tokenised into blocks."""
+"""Real data without a download: the standard library's sources and docstrings, scikit-learn's handwritten digits."""
 
 from __future__ import annotations
 
+import ast
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,11 +11,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from loract.errors import LoractError
+from loract.errors import LoractError, MissingExtra
 
 Split = Literal["train", "held_out"]
 HELD_OUT_EVERY = 8
 """One file in so many is held out: whole files, so that no text is on both sides."""
+
+PACKAGES = ("asyncio", "email", "idlelib", "logging", "multiprocessing", "tkinter", "unittest", "xml")
+"""Packages of the standard library whose docstrings tell them apart."""
 
 
 def standard_library(split: Split) -> Iterator[str]:
@@ -37,3 +41,40 @@ def token_blocks(tokenizer: Any, texts: Iterator[str], count: int, length: int) 
         if len(ids) >= count * length:
             return torch.tensor(ids[: count * length]).reshape(count, length)
     raise LoractError(f"{len(ids)} tokens", f"{count} blocks of {length}", "ask for fewer blocks or give more text")
+
+
+class ByteTokenizer:
+    """Every byte of the text is a token."""
+
+    size = 256
+
+    def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
+        """The bytes, as a tokenizer returns them."""
+        return {"input_ids": list(text.encode())}
+
+
+def docstrings(package: str) -> Iterator[str]:
+    """Docstrings of more than 40 characters of the package's functions and classes, in the order of its files."""
+    for path in sorted((Path(sysconfig.get_paths()["stdlib"]) / package).rglob("*.py")):
+        tree = ast.parse(path.read_text(encoding="utf-8", errors="replace"))
+        nodes = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef)]
+        yield from sorted({doc for node in nodes if (doc := ast.get_docstring(node)) and len(doc) > 40})
+
+
+def digits(count: int, size: int) -> tuple[Tensor, Tensor]:
+    """Handwritten digits of 8 x 8 pixels, scaled up: (count, 3, size, size) in [-1, 1]; and the digits they show.
+
+    Raises:
+        MissingExtra: scikit-learn is not installed.
+        LoractError: there are not so many.
+    """
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as missing:
+        raise MissingExtra("no scikit-learn", "its handwritten digits", "pip install 'loract[demo]'") from missing
+    found: Any = load_digits()
+    if count > len(found.target):
+        raise LoractError(f"{count} images", f"at most {len(found.target)}", "ask for fewer")
+    pixels = torch.tensor(found.images[:count], dtype=torch.float32)[:, None] / 8 - 1
+    scaled = torch.nn.functional.interpolate(pixels, size=(size, size), mode="bilinear")
+    return scaled.expand(-1, 3, -1, -1).contiguous(), torch.tensor(found.target[:count])

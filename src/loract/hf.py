@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 import weakref
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
 from loract.attach import Handle, attach
-from loract.errors import LoractError, MissingExtra
+from loract.audit import Audits, Capture, Fidelity, OnExcess, audit, tighter, worst
+from loract.errors import InvalidSpec, LoractError, MissingExtra
 from loract.memory import MIB
 from loract.policy import REGIONS, Policy, as_policy
+from loract.saved import SiteStats
 
 try:
     from transformers import TrainerCallback
@@ -30,6 +35,14 @@ class LoractCallback(TrainerCallback):
     moved to the front of `trainer.callback_handler.callbacks`; `trainer.state.log_history` always has them.
     Evaluation during training runs the model's own forwards. The KV cache is off while attached.
 
+    `audit_every`: every so many steps, and at the last one, the gradient of the step's first micro-batch is computed
+    twice more, by plain autograd and under the policy, which costs about three micro-batches; losses, gradients and
+    random streams stay what they are. Training logs then carry the latest `loract/cosine` and
+    `loract/gradient_error` (relative; of several processes the worst) and the `loract/audited_step` that they belong
+    to. Where the error passes `max_error`, `on_excess` decides: `warn`; `tighten` attaches the next more accurate
+    policy for the rest of training, also of a resumed one (`loract/tightened` counts); `stop` ends training after this
+    step.
+
     A trainer that raises tells its callbacks nothing: the model then stays attached (same values, compressed
     gradients) until `detach()`, until training starts again, which attaches anew, or until the callback is collected
     together with its trainer. `try: trainer.train()` and `finally: callback.detach()` always restores the model.
@@ -38,20 +51,48 @@ class LoractCallback(TrainerCallback):
         >>> trainer = SFTTrainer(model, callbacks=[LoractCallback("tensor")])  # doctest: +SKIP
     """
 
-    def __init__(self, policy: str | Policy = "exact", *, seed: int = 0) -> None:
-        """Validate `policy`; nothing is attached yet.
+    def __init__(
+        self,
+        policy: str | Policy = "exact",
+        *,
+        seed: int = 0,
+        audit_every: int | None = None,
+        max_error: float | None = None,
+        on_excess: OnExcess = "warn",
+    ) -> None:
+        """Validate; nothing is attached yet.
 
         Raises:
-            InvalidSpec: an unknown preset.
+            InvalidSpec: an unknown preset or reaction, an interval or bound out of range, a bound without audits, or
+                a reaction without a bound.
         """
         self.policy, self.seed = as_policy(policy), seed
+        """The policy in force: the given one until it is tightened."""
+        if audit_every is None and (max_error is not None or on_excess != "warn"):
+            name = "max_error" if max_error is not None else "on_excess"
+            raise InvalidSpec(f"{name} without audit_every", "audits that find the error", "try audit_every=50")
+        self.audits = (
+            None if audit_every is None else Audits(every=audit_every, max_error=max_error, on_excess=on_excess)
+        )
         self.handle: Handle | None = None
         """What `attach` returned, while attached."""
+        self.fidelity: Fidelity | None = None
+        """Of the last audit."""
+        self.stopped: LoractError | None = None
+        """Why `on_excess="stop"` ended training, if it did."""
+        self.tell: Callable[[str], object] = _warned
+        """Receives a sentence, in the main process, where the error passes the bound; by default a warning."""
+        self._given = self.policy
+        self._kept: dict[str, Any] = {}
+        self._stats: list[SiteStats] = []
+        self._capture: Capture | None = None
         self._restore: Callable[[], object] | None = None
 
     def detach(self) -> None:
         """Give the model its own forwards and its KV cache setting back. Harmless when called twice."""
-        restore, self._restore, self.handle = self._restore, None, None
+        if self._capture is not None:
+            self._capture.close()
+        restore, self._restore, self.handle, self._capture = self._restore, None, None, None
         if restore is not None:
             restore()
 
@@ -65,7 +106,17 @@ class LoractCallback(TrainerCallback):
         self.detach()
         model = _unwrapped(kwargs["model"])
         _refuse_checkpointing(args, model)
+        self._begin(state)
         self._attach(model)
+
+    def _begin(self, state: Any) -> None:
+        """Start afresh, or go on with what the checkpoint says about audits."""
+        self.fidelity, self.stopped, self.policy, self._stats = None, None, self._given, []
+        # The trainer's state is in every checkpoint. Under the callback's own name there, the trainer would make a
+        # new callback of it when told to restore callbacks, and could not name the policy.
+        self._kept = state.stateful_callbacks.setdefault(_STATE, {"tightened": 0, "logged": {}})
+        for _ in range(self._kept["tightened"]):
+            self.policy = tighter(self.policy) or self.policy
 
     def _attach(self, model: nn.Module) -> None:
         caches = _caches_off(model)
@@ -83,34 +134,122 @@ class LoractCallback(TrainerCallback):
     def paused(self) -> Generator[nn.Module]:
         """The model as it is without loract, for a while; then attached again, going on where it was.
 
+        A `policy` set meanwhile is the one that is attached.
+
         Raises:
             LoractError: it is not attached.
         """
         if self.handle is None:
             raise LoractError("a callback that is not attached", "one inside training", "pause it during training")
-        model, state = self.handle.model, self.handle.state_dict()
+        model, state, self._stats = self.handle.model, self.handle.state_dict(), self.stats()
         self.detach()
         yield model
         self._attach(model)
         assert self.handle is not None
-        self.handle.load_state_dict(state)
+        fresh = self.handle.state_dict()
+        self.handle.load_state_dict({name: state.get(name, of_new_site) for name, of_new_site in fresh.items()})
+
+    def stats(self) -> list[SiteStats]:
+        """The handle's, or those from before a pause after which nothing has run yet; none while not attached."""
+        stats = [] if self.handle is None else self.handle.stats()
+        return stats if any(site.calls for site in stats) else self._stats
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Where this step is to be audited, wait for its first forward."""
+        if self._capture is not None:  # of a step that was left
+            self._capture.close()
+            self._capture = None
+        if self.handle and self.audits and self.audits.due(state.global_step + 1, state.max_steps):
+            self._capture = Capture(self.handle.model)
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Audit while the weights are still those of the step; gradients are put back."""
+        if self._capture is None or self.audits is None:
+            return
+        capture, self._capture = self._capture, None
+        capture.close()
+        step = state.global_step + 1
+        fidelity = self._measured(capture)
+        # Of several processes the worst counts: all have to come to the same decision.
+        error, cosine = worst(fidelity, args.device)
+        if error == -math.inf:
+            name = type(capture.model).__name__
+            self._say(state, f"no audit at step {step}: no gradient came to an output of {name}")
+            return
+        if error == math.inf and getattr(args, "fp16", False):
+            return  # a loss scale that overflows in plain autograd too; the scaler leaves the step out
+        self.fidelity = fidelity and replace(fidelity, relative_error=error, cosine=cosine)
+        self._kept["logged"] = {"loract/cosine": cosine, "loract/gradient_error": error, "loract/audited_step": step}
+        if self.audits.exceeded(error):
+            self._say(state, self._react(f"gradient error {error:.3g} at step {step}", self.audits))
+
+    def _measured(self, capture: Capture) -> Fidelity | None:
+        if not capture.upstream:
+            return None
+        with self.paused() as plain:
+            caches = _caches_off(plain)
+            try:
+                return audit(plain, None, self.policy, capture.loss, seed=self.seed)
+            finally:
+                _caches_back(caches)
+
+    def _say(self, state: Any, sentence: str) -> None:
+        if state.is_world_process_zero:
+            self.tell(sentence)
+
+    def _react(self, found: str, audits: Audits) -> str:
+        """Do what is configured for an excess; the sentence that says so."""
+        above = f"{found} is above max_error={audits.max_error:g}"
+        if audits.on_excess == "stop":
+            self.stopped = LoractError(
+                found,
+                f"at most max_error={audits.max_error:g}",
+                "a higher rank, more bits or an exact preset, on_excess tighten, or a larger max_error",
+            )
+            return f"training stops after this step: {self.stopped}"
+        if audits.on_excess == "warn":
+            return f"{above}: try a higher rank, more bits or an exact preset"
+        policy = tighter(self.policy)
+        if policy is None:
+            return f"{above}, and nothing more accurate is left"
+        with self.paused():
+            self.policy = policy
+        self._kept["tightened"] += 1
+        codecs = dict.fromkeys(str(rule.codec) for rule in policy.rules)
+        return f"{above}: {policy.name} goes on with {', '.join(codecs)}"
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """End training where an audit asked for it: here, so that a step is whole."""
+        if self.stopped is not None:
+            control.should_training_stop = True
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Detach."""
         self.detach()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        """Add the bytes to a log of training (evaluation keeps nothing)."""
+        """Add the bytes and the last audit to a log of training (evaluation keeps nothing)."""
         if self.handle is None or logs is None or "loss" not in logs:
             return
-        stats = self.handle.stats()
+        stats = self.stats()
         numbers = {"loract/saved_mib": sum(site.bytes_after for site in stats) / MIB}
         if not any(site.kind in REGIONS for site in stats):  # inside a region nobody counts what is not kept
             numbers["loract/before_mib"] = sum(site.bytes_before for site in stats) / MIB
+        numbers |= self._kept["logged"]
+        if self._kept["tightened"]:
+            numbers["loract/tightened"] = self._kept["tightened"]
         logs.update(numbers)
         # The trainer has put a copy of the log into the history before it calls its callbacks.
         if state.log_history and "loss" in state.log_history[-1]:
             state.log_history[-1].update(numbers)
+
+
+_STATE = "loract"
+"""Key in the trainer's state."""
+
+
+def _warned(sentence: str) -> None:
+    warnings.warn(sentence, UserWarning, stacklevel=3)
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

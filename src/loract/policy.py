@@ -10,7 +10,8 @@ from typing import Literal, get_args
 from loract.codecs import Codec, Exact, LowRank, Quantized
 from loract.errors import InvalidSpec, nearest
 
-Kind = Literal["adapter_input", "norm", "gated", "attention", "sublayer", "layer"]
+Kind = Literal["adapter_input", "norm", "stream", "gated", "attention", "sublayer", "layer"]
+"""`stream` is a norm's input as a step of the residual stream; where a rule for it matches it goes before `norm`."""
 KINDS: tuple[Kind, ...] = get_args(Kind)
 REGIONS: tuple[Kind, ...] = ("sublayer", "layer")
 """Kinds whose site keeps the inputs of a module and runs the module again in backward."""

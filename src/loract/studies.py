@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loract.audit import Fidelity
 from loract.compare import (
     Body,
     Contender,
@@ -28,10 +27,10 @@ from loract.compare import (
 )
 from loract.cpu import fast_bf16, native_bf16
 from loract.memory import Record, peak_rss_bytes, restart_peak_rss
-from loract.workload import Workload
+from loract.workload import Work, Workload
 
 LEARNING_RATE = 5e-4
-WARM_STEPS, WARM_TOKENS = 8, 256
+WARM_STEPS = 8
 """A fresh adapter has B = 0 and no gradient in A, so fidelity is measured after a few short steps of training."""
 
 FLOOR = "LoRA in bf16"
@@ -65,7 +64,7 @@ def benchmark(
     """
     plain = sum(v.plain for v in variants)
     tick = Ticker(progress, WARM_STEPS + 1 + len(variants) * (rounds + 2 + (load is not None)) + 2 - plain)
-    ids = work.train[-batch:]
+    ids = work.rows(-batch, batch)
     resident: dict[str, int] = {}
     for variant in variants if load is not None else ():
         assert load is not None
@@ -85,7 +84,7 @@ def benchmark(
             tick(f"timing {contender.variant.name}")
             contender.model.zero_grad(set_to_none=True)
             work.hidden(contender.model, ids).backward(upstream)
-            _synchronise(upstream)
+            synchronise(upstream)
 
         for _ in range(rounds):
             alternate(contenders, step)
@@ -115,7 +114,8 @@ def benchmark(
                 },
             )
         )
-    return [*records, _floor(records[0], scores["bf16"])]
+    own = scores["bf16"]
+    return [*records, floor(records[0], own.cosine, own.relative_error)]
 
 
 def resident_peak(load: Callable[[], Workload], variant: Variant, *, batch: int) -> int:
@@ -153,14 +153,14 @@ def fine_tune(
     losses: dict[str, list[float]] = {v.name: [] for v in variants}
     with fast_bf16():
         contenders = [contend(work.model, v) for v in variants]
-        optimisers = {c.variant.name: _optimiser(c.model) for c in contenders}
+        optimisers = {c.variant.name: adamw(c.model) for c in contenders}
         for index in range(steps):
             ids = work.train[index * batch : (index + 1) * batch]
 
             def step(contender: Contender, ids: Tensor = ids, index: int = index) -> None:
                 name = contender.variant.name
                 tick(f"step {index + 1} of {steps}, {name}")
-                losses[name].append(_train_step(work, contender.model, optimisers[name], ids))
+                losses[name].append(train_step(work, contender.model, optimisers[name], ids))
 
             alternate(contenders, step)
         for contender in contenders:  # the first step fills allocators and caches
@@ -193,10 +193,12 @@ def fine_tune(
                 extra={"steps": steps, "tokens": ids.numel(), **machine()},
             )
         )
-    return FineTuned(records=[*records, _floor(records[0], scores["bf16"])], losses=losses, contenders=contenders)
+    own = scores["bf16"]
+    records.append(floor(records[0], own.cosine, own.relative_error))
+    return FineTuned(records=records, losses=losses, contenders=contenders)
 
 
-def evaluate(work: Workload, model: Any) -> float:
+def evaluate(work: Work, model: Any) -> float:
     """Loss on the held-out blocks."""
     training = model.training
     model.eval()
@@ -221,36 +223,40 @@ def machine() -> dict[str, Any]:
     }
 
 
-def warm(work: Workload, tick: Ticker) -> None:
+def warm(work: Work, tick: Ticker) -> None:
     """Train the adapters for a few short steps."""
-    optimiser = _optimiser(work.model)
+    optimiser = adamw(work.model)
     for index in range(WARM_STEPS):
         tick(f"warming the adapters, step {index + 1} of {WARM_STEPS}")
-        _train_step(work, work.model, optimiser, work.train[index % len(work.train)][None, :WARM_TOKENS])
+        train_step(work, work.model, optimiser, work.warm_batch(index))
 
 
-def _optimiser(model: Any) -> torch.optim.Optimizer:
+def adamw(model: Any) -> torch.optim.Optimizer:
+    """The optimiser of every study."""
     return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LEARNING_RATE)
 
 
-def _train_step(work: Workload, model: Any, optimiser: torch.optim.Optimizer, ids: Tensor) -> float:
-    loss = work.loss(model, ids)
+def train_step(work: Work, model: Any, optimiser: torch.optim.Optimizer, batch: Any) -> float:
+    """One step of training; the loss before it."""
+    loss = work.loss(model, batch)
     loss.backward()
     optimiser.step()
     optimiser.zero_grad(set_to_none=True)
     return float(loss.detach())
 
 
-def _floor(plain: Record, score: Fidelity) -> Record:
+def floor(plain: Record, cosine: float, relative_error: float) -> Record:
+    """The row for the model's own dtype: the plain record with the scores of the plain gradient in that dtype."""
     return replace(
         plain,
         name=FLOOR,
-        cosine=score.cosine,
-        relative_error=score.relative_error,
+        cosine=cosine,
+        relative_error=relative_error,
         extra={"note": "the plain gradient in the model's own dtype against fp32: the floor for any method"},
     )
 
 
-def _synchronise(like: Tensor) -> None:
+def synchronise(like: Tensor) -> None:
+    """Wait for the device of `like`."""
     if like.is_cuda:
         torch.cuda.synchronize()

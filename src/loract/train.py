@@ -34,6 +34,8 @@ RESUMABLE = {
     *("report_to", "dataloader_num_workers", "per_device_eval_batch_size", "max_eval_samples"),
 }
 """Keys that may differ from the run that is resumed; any other would make it another run."""
+AUDITS = {"audit_every", "max_error", "on_excess", "fidelity_steps"}
+"""The same in the block `activation_compression`: what a run that an audit ended needs to go on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,8 +76,9 @@ def train(
     `tell` receives sentences for the user. SIGINT or SIGTERM ends the run after the present step, with a checkpoint.
 
     Raises:
-        LoractError: the folder is in use, a checkpoint is damaged, the disk is full, the loss is not finite, or the
-            model or its gradients do not fit into memory.
+        LoractError: the folder is in use, a checkpoint is damaged, the disk is full, the loss is not finite, the
+            model or its gradients do not fit into memory, or an audit ended the run (`on_excess: stop`), of which
+            there is a checkpoint.
     """
     config, state = ready.config, PartialState(cpu=not torch.accelerator.is_available())
     run = Run(folder=Path(config.output_dir))
@@ -90,7 +93,10 @@ def train(
         run.forget_metrics_after(0 if start is None else step_of(start))
     model = ready.load()
     policy = config.activation_compression.policy()
-    compression = None if policy is None else LoractCallback(policy, seed=config.seed)
+    compression = None
+    if policy is not None:
+        compression = LoractCallback(policy, seed=config.seed)
+        compression.audits, compression.tell = config.activation_compression.audits(), tell
     stop = _Stop()
     trainer = make_trainer(ready, model)
     trainer.setup(run, compression, start, config)
@@ -102,6 +108,8 @@ def train(
             done = trainer.take_finished()
             if not done:
                 trainer.train(resume_from_checkpoint=None if start is None else str(start))
+            if compression is not None and compression.stopped and trainer.state.global_step < trainer.state.max_steps:
+                raise compression.stopped
             evaluation = {} if stop.asked or ready.test is None else trainer.last_evaluation() or trainer.evaluate()
     except torch.OutOfMemoryError as error:
         raise LoractError(
@@ -129,7 +137,8 @@ def _result(trainer: RunTrainer, finished: bool, evaluation: Mapping[str, float]
     """The summary, from what was logged."""
     logs = [log for log in trainer.state.log_history if "loss" in log]
     last = logs[-1] if logs else {}
-    fidelity, seconds = trainer.fidelity, trainer.step_seconds
+    fidelity = None if trainer.compression is None else trainer.compression.fidelity
+    seconds = trainer.step_seconds
     return Result(
         steps=trainer.state.global_step,
         finished=finished,
@@ -170,6 +179,10 @@ def _refuse_changes(run: Run, config: TrainConfig) -> None:
     if not path.is_file():
         return  # Run.start says it
     before, now = yaml.safe_load(path.read_text(encoding="utf-8")), config.model_dump()
+    for values in (before, now):
+        values["activation_compression"] = {
+            key: value for key, value in values.get("activation_compression", {}).items() if key not in AUDITS
+        }
     for key in now.keys() - RESUMABLE:
         if key in before and before[key] != now[key]:
             raise LoractError(
@@ -205,7 +218,8 @@ class _Follow(TrainerCallback):
         self._since = (state.global_step, time.perf_counter())
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.stop.agreed(self.trainer.accelerator):
+        compression = self.trainer.compression
+        if self.stop.agreed(self.trainer.accelerator) or (compression is not None and compression.stopped is not None):
             control.should_save = True
             control.should_training_stop = True
 
@@ -227,20 +241,15 @@ class _Follow(TrainerCallback):
             added = {"step_seconds": (now - then) / max(1, state.global_step - step), "peak_mib": peak_mib()}
             self._since = (state.global_step, now)
             self.trainer.step_seconds.append(added["step_seconds"])
-            errors = [] if (handle := _handle(self.trainer)) is None else [s.error for s in handle.stats()]
+            compression = self.trainer.compression
+            errors = [] if compression is None else [site.error for site in compression.stats()]
             if errors := [e for e in errors if e is not None]:
                 added["loract/error"] = sum(errors) / len(errors)
-            if (fidelity := self.trainer.fidelity) is not None:
-                added |= {"loract/cosine": fidelity.cosine, "loract/gradient_error": fidelity.relative_error}
         logs.update(added)
         if state.log_history:
             state.log_history[-1].update(added)
         if state.is_world_process_zero:
             self.run.add_metrics({"step": state.global_step, **logs})
-
-
-def _handle(trainer: Any) -> Any:
-    return None if trainer.compression is None else trainer.compression.handle
 
 
 @dataclass

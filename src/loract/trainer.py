@@ -1,8 +1,7 @@
-"""The trainer of each task, with whole checkpoints, counters that survive resuming, and measured fidelity."""
+"""The trainer of each task, with whole checkpoints and counters that survive resuming."""
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,8 +14,6 @@ from transformers import DataCollatorWithPadding, PrinterCallback, Trainer, Trai
 from transformers.trainer import TRAINER_STATE_NAME
 from trl.trainer.sft_trainer import SFTTrainer
 
-from loract.audit import Fidelity, audit
-from loract.codecs import Exact
 from loract.config import Task, TrainConfig
 from loract.errors import LoractError
 from loract.hf import LoractCallback
@@ -32,22 +29,17 @@ _CARRIED = ("_total_loss_scalar", "_globalstep_last_logged", "_total_train_token
 
 
 class RunTrainer(Trainer):
-    """What `loract train` adds to a trainer: whole checkpoints, carried counters, fidelity."""
+    """What `loract train` adds to a trainer: whole checkpoints, carried counters."""
 
     run: Run
     compression: LoractCallback | None
     start: Path | None
     config: TrainConfig
-    fidelity_steps: int
     _staging: Path | None = None
-    _measured_at = -1
 
     def setup(self, run: Run, compression: LoractCallback | None, start: Path | None, config: TrainConfig) -> None:
         """Tell it about its run, before training."""
         self.run, self.compression, self.start, self.config = run, compression, start, config
-        lossy = compression is not None and any(not isinstance(r.codec, Exact) for r in compression.policy.rules)
-        self.fidelity_steps = config.activation_compression.fidelity_steps if lossy else 0
-        self.fidelity: Fidelity | None = None
         self.step_seconds: list[float] = []
 
     def last_evaluation(self) -> dict[str, float]:
@@ -142,35 +134,6 @@ class RunTrainer(Trainer):
             self._load_from_checkpoint(str(self.start))
             self.state = state
         return done
-
-    # Fidelity
-
-    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
-        """One micro-batch; before the first one of a step whose turn it is, the gradient's error is measured."""
-        step = self.state.global_step + 1
-        due = self.fidelity_steps > 0 and (step % self.fidelity_steps == 0 or step == self.state.max_steps)
-        if due and self._measured_at != step:
-            self._measured_at = step
-            self._measure(inputs, num_items_in_batch)
-        return super().training_step(model, inputs, num_items_in_batch)
-
-    def _measure(self, inputs: Mapping[str, Any], count: Any) -> None:
-        assert self.compression is not None
-        counted = {name: copy.deepcopy(getattr(self, name)) for name in _COUNTED if hasattr(self, name)}
-        batch = self._prepare_inputs(dict(inputs))
-
-        def loss(model: nn.Module, batch: Any) -> torch.Tensor:
-            with self.compute_loss_context_manager():
-                return self.compute_loss(model, dict(batch), num_items_in_batch=count)  # type: ignore[no-any-return]
-
-        with self.compression.paused() as plain:
-            self.fidelity = audit(plain, batch, self.compression.policy, loss, seed=self.args.seed)
-        for name, value in counted.items():
-            setattr(self, name, value)
-
-
-_COUNTED = ("_metrics", "_total_train_tokens")
-"""What computing a loss changes in the trainer."""
 
 
 _BASES: dict[Task, type[Any]] = {

@@ -15,8 +15,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for verb in (runs.init, demo.demo, bench.bench, audit.audit, profile.profile, runs.export, env.env):
+for verb in (runs.init, demo.demo, audit.audit, profile.profile, runs.export, env.env):
     app.command()(verb)
+app.add_typer(bench.app, name="bench")
 for verb in (runs.train, runs.validate):
     app.command(context_settings=runs.OVERRIDES)(verb)
 

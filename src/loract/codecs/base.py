@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -35,6 +35,8 @@ class Packed(ABC):
     """Relative Frobenius error ||X - decode()|| / ||X|| estimated a posteriori (0-d, on the device), or None."""
     factored: bool = False
     """Whether `linear` costs less than the product with a dense X."""
+    lossy: bool = True
+    """Whether `decode` may differ from X."""
     depth: int = 0
     """How many steps of recomputation lie between what is kept and X."""
 
@@ -65,7 +67,11 @@ class Packed(ABC):
         return self.decode() @ weight.to(self.dtype).T
 
     def rows(self, part: slice) -> Packed:
-        """Some of the rows of a factored X: cheap, and itself factored."""
+        """X[part], for a slice of the rows, as a view of the same tensors: decodes to `decode()[part]`.
+
+        Raises:
+            NotImplementedError: where it could not be cheap, as of a recomputation.
+        """
         raise NotImplementedError
 
     def affine(
@@ -107,6 +113,8 @@ class State:
 
     rank: int | None = None
     spectrum: Delayed = field(default_factory=lambda: Delayed())
+    memory: dict[str, Any] = field(default_factory=lambda: dict[str, Any]())
+    """What else a codec carries over: plain tensors and numbers."""
 
 
 class Delayed:
@@ -183,6 +191,11 @@ class Affine(Packed):
         return self.inner.factored
 
     @property
+    def lossy(self) -> bool:  # type: ignore[override]
+        """As the representation that it views."""
+        return self.inner.lossy
+
+    @property
     def tensors(self) -> tuple[Tensor, ...]:  # noqa: D102
         return (*self.inner.tensors, *(v for v in self.vectors if v is not None))
 
@@ -246,13 +259,21 @@ class Affine(Packed):
 _UNBOUND = torch.empty(0)
 
 
+class Announced(Protocol):
+    """What wants to know beforehand how many will read it."""
+
+    def reserve(self) -> None:
+        """Announce one reader."""
+        ...
+
+
 class Memo:
     """A value rebuilt once for several readers of one backward pass, dropped after the last of them.
 
-    `source` is a memo that the rebuilding reads: all readers of this one count there as one.
+    `source` is what the rebuilding reads: all readers of this one count there as one.
     """
 
-    def __init__(self, source: Memo | None = None) -> None:
+    def __init__(self, source: Announced | None = None) -> None:
         self.readers = 0
         """Readers announced so far."""
         self._left = 0
@@ -272,11 +293,18 @@ class Memo:
         self.readers += 1
 
     def get(self, rebuild: Callable[[], object]) -> object:
-        """The value, rebuilt if need be. In a second backward over a retained graph every reader rebuilds."""
+        """The value, rebuilt if need be. A backward pass over a retained graph is followed by another like it."""
         value = rebuild() if self._value is None else self._value
         self._left = max(0, self._left - 1)
         self._value = value if self._left > 0 else None
+        if self._left == 0 and kept_graph():
+            self._left = self.readers
         return value
+
+
+def kept_graph() -> bool:
+    """Whether the backward pass that this thread is in retains its graph."""
+    return bool(torch._C._autograd._get_current_graph_task_keep_graph())
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -296,6 +324,11 @@ class Recomputed(Packed):
     def depth(self) -> int:  # type: ignore[override]
         """One more than that of the deepest input."""
         return 1 + max(packed.depth for packed in self.inputs)
+
+    @property
+    def lossy(self) -> bool:  # type: ignore[override]
+        """Whether an input is."""
+        return any(packed.lossy for packed in self.inputs)
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:  # noqa: D102

@@ -59,18 +59,35 @@ def metric(scale: Tensor | None) -> Tensor | None:
 
 @dataclass(kw_only=True)
 class NormCall:
-    """One call of a norm: how to run it, how to pack s * xhat (lossy) or x, and then what stands for its output."""
+    """One call of a norm: how to run it, how to pack s * xhat (lossy) or x, and then what stands for its output.
+
+    `statistics`: keep rstd and mean, because x will come back inexact.
+    """
 
     role: NormRole
     forward: Forward
     lossy: bool
     encode: Callable[[Tensor], Packed]
+    statistics: bool = False
     output: Packed | None = None
+    rstd: Tensor | None = None
+    mean: Tensor | None = None
 
 
 def norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, call: NormCall) -> Tensor:
     """Y = call.forward(x) for x (..., n); `call.output` then represents y for the products that read it."""
     return _Norm.apply(x, weight, bias, call)  # type: ignore[no-any-return]
+
+
+def normalised(packed: Packed, forward: Forward, x: Tensor, dtype: torch.dtype) -> Recomputed:
+    """Forward(x) for x (..., n) that `packed` stands for, by the module's own arithmetic and never kept."""
+    return Recomputed(
+        inputs=(packed,),
+        function=_reshaped(Autocast.of(x).wrap(forward), x.shape),
+        shape=tokens_features(x),
+        dtype=dtype,
+        memo=Memo(packed),
+    )
 
 
 def represented(node: Any) -> Packed | None:
@@ -85,11 +102,13 @@ class _Norm(Function):
         y = call.forward(x)
         ctx.role, ctx.lossy, ctx.like = call.role, call.lossy, (x.shape, x.dtype)
         ctx.dtypes = [None if t is None else t.dtype for t in (weight, bias)]
-        rstd = None
+        flat, rstd, mean = x.reshape(-1, x.shape[-1]), None, None
+        if call.lossy or call.statistics:
+            with no_autocast(x):
+                rstd, mean = call.rstd, call.mean = call.role.statistics(flat)
         if call.lossy:
             with no_autocast(x):
-                flat = x.reshape(-1, x.shape[-1])
-                rstd, mean = call.role.statistics(flat)
+                assert rstd is not None
                 scale = call.role.scale(weight)
                 s = metric(scale)
                 value = torch.empty_like(flat)
@@ -104,18 +123,10 @@ class _Norm(Function):
                 packed = packed.affine(cols=inverse, dtype=promote(x[:0]).dtype)
         else:
             packed = call.encode(x)
-            again = Autocast.of(x).wrap(call.forward)
-            memo = Memo(packed.memo if isinstance(packed, Recomputed) else None)
-            call.output = Recomputed(
-                inputs=(packed,),
-                function=_reshaped(again, x.shape),
-                shape=tokens_features(x),
-                dtype=y.dtype,
-                memo=memo,
-            )
+            call.output = normalised(packed, call.forward, x, y.dtype)
             ctx.loract_output = unbound(call.output)
         packed.reserve()
-        save(ctx, (packed,), weight, rstd)
+        save(ctx, (packed,), weight, rstd, None if call.lossy else mean)
         return y
 
     @staticmethod
@@ -123,7 +134,7 @@ class _Norm(Function):
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride] (the decorator hides the names)
         ctx: Any, grad: Tensor
     ) -> tuple[Tensor | None, ...]:
-        (packed,), (weight, rstd) = load(ctx)
+        (packed,), (weight, rstd, mean) = load(ctx)
         role, (shape, dtype) = ctx.role, ctx.like
         with no_autocast(grad):
             grad = grad.reshape(-1, shape[-1])
@@ -136,8 +147,8 @@ class _Norm(Function):
                     assert rstd is not None
                     xhat, r = x, rstd[part]
                 else:
-                    r, mean = role.statistics(x)
-                    xhat = role.normalise(x, r, mean)
+                    r, m = role.statistics(x) if rstd is None else (rstd[part], None if mean is None else mean[part])
+                    xhat = role.normalise(x, r, m)
                 gw = promote(g) if scale is None else g * scale
                 if grad_weight is not None:
                     grad_weight += (g * xhat).sum(0)

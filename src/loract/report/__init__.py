@@ -1,6 +1,6 @@
 """Records as tables and plots."""
 
-from loract.report.plot import comparison
+from loract.report.plot import comparison, frontier
 from loract.report.table import markdown, rows
 
-__all__ = ["comparison", "markdown", "rows"]
+__all__ = ["comparison", "frontier", "markdown", "rows"]

@@ -1,7 +1,8 @@
-"""Records as one figure."""
+"""Records as figures."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,20 +17,15 @@ def comparison(records: Sequence[Record], path: Path, losses: Mapping[str, Seque
     Raises:
         MissingExtra: matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import ScalarFormatter
-    except ImportError as missing:
-        raise MissingExtra("no matplotlib", "matplotlib for plots", "pip install 'loract[cli]'") from missing
     panels = 2 if losses else 1
-    figure = Figure(figsize=(6 * panels, 4), layout="constrained")
+    figure = _figure(6 * panels, 4)
     axes: list[Any] = list(figure.subplots(1, panels, squeeze=False)[0])
     plane = axes[0]
     for index, record in enumerate(records):
         x, y = record.saved_bytes / MIB, record.time_ratio
         plane.scatter([x], [y], s=60, color=f"C{index}", label=record.name)
     plane.set_xscale("log", base=2)
-    plane.xaxis.set_major_formatter(ScalarFormatter())
+    plane.xaxis.set_major_formatter(_plain_numbers())
     plane.set_xlabel("bytes saved for backward (MiB, log scale)")
     plane.set_ylabel(f"step time relative to {records[0].name}")
     plane.grid(visible=True, alpha=0.3)
@@ -42,6 +38,102 @@ def comparison(records: Sequence[Record], path: Path, losses: Mapping[str, Seque
         axes[1].set_ylabel("training loss")
         axes[1].grid(visible=True, alpha=0.3)
         axes[1].legend()
+    return _save(figure, path)
+
+
+LEAST_ERROR = 1e-8
+"""Where a gradient without any error is drawn: a logarithm has no zero."""
+
+
+def frontier(records: Sequence[Record], path: Path, title: str, floor: float | None = None) -> Path:
+    """Write a PNG: saved bytes (share of the first record's) against the gradient's relative error; colour is time.
+
+    `floor` is the error that the model's own dtype makes, drawn as a line.
+
+    Raises:
+        MissingExtra: matplotlib is not installed.
+    """
+    figure = _figure(11, 6)
+    plane: Any = figure.subplots()
+    share = [100 * r.saved_bytes / records[0].saved_bytes for r in records]
+    error = [max(LEAST_ERROR, r.relative_error or 0.0) for r in records]
+    time = [r.time_ratio for r in records]
+    low, high = min(0.9, *time), max(1.5, *time)  # two runs with like times get like colours
+    for mark, (name, ours) in {"o": ("other methods", False), "D": ("loract", True)}.items():
+        chosen = [i for i, r in enumerate(records) if r.name.startswith("loract") is ours]
+        dots = plane.scatter(
+            [share[i] for i in chosen],
+            [error[i] for i in chosen],
+            c=[time[i] for i in chosen],
+            marker=mark,
+            s=80,
+            cmap="viridis_r",
+            vmin=low,
+            vmax=high,
+            edgecolors="black",
+            linewidths=0.5,
+            label=name,
+            zorder=3,
+        )
+    for number, place in _spread([*zip(share, error, strict=True)]).items():
+        plane.annotate(
+            str(number + 1),
+            (share[number], error[number]),
+            xytext=place,
+            textcoords="offset points",
+            ha="center",
+            va="center",
+            fontsize=8,
+            zorder=4,
+        )
+    plane.set_xscale("log")
+    plane.set_yscale("log")
+    plane.xaxis.set_major_formatter(_plain_numbers())
+    plane.set_ylim(LEAST_ERROR / 3, max(2.0, 2 * max(error)))
+    plane.set_xlabel(f"bytes saved for backward (% of {records[0].name}'s, log scale)")
+    plane.set_ylabel(f"relative error of the gradient (log scale; none is drawn at {LEAST_ERROR:.0e})")
+    plane.set_title(title, loc="left")
+    plane.grid(visible=True, alpha=0.3)
+    if floor:
+        plane.axhline(floor, color="black", linestyle="dashed", linewidth=1, label="LoRA in the model's own dtype")
+    listed = plane.legend(loc="lower left", fontsize=8, framealpha=0.9)
+    plane.add_artist(listed)
+    figure.colorbar(dots, ax=plane, label=f"step time relative to {records[0].name}")
+    names = "\n".join(f"{i + 1}  {r.name}" for i, r in enumerate(records))
+    figure.text(1.01, 0.5, names, va="center", ha="left", fontsize=9)
+    return _save(figure, path)
+
+
+def _spread(points: Sequence[tuple[float, float]]) -> dict[int, tuple[float, float]]:
+    """Offsets in points of the labels, so that those of neighbouring marks do not lie on each other."""
+    found: dict[int, tuple[float, float]] = {}
+    for index, (x, y) in enumerate(points):
+        near = [
+            j for j, (u, v) in enumerate(points[:index]) if abs(math.log(x / u)) < 0.25 and abs(math.log(y / v)) < 1.2
+        ]
+        taken = {found[j] for j in near}
+        places = [(12.0 * a, 12.0 * b) for a, b in ((0, 1), (0, -1), (1, 0), (-1, 0))]
+        places += [(13.0 * a, 13.0 * b) for a, b in ((1, 1), (-1, 1), (1, -1), (-1, -1))]
+        places += [(0.0, 24.0 + 11.0 * k) for k in range(len(points))]
+        found[index] = next(place for place in places if place not in taken)
+    return found
+
+
+def _figure(width: float, height: float) -> Any:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as missing:
+        raise MissingExtra("no matplotlib", "matplotlib for plots", "pip install 'loract[cli]'") from missing
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _plain_numbers() -> Any:
+    from matplotlib.ticker import ScalarFormatter
+
+    return ScalarFormatter()
+
+
+def _save(figure: Any, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=150, bbox_inches="tight")
     return path
