@@ -32,6 +32,7 @@ from loract.recognize import (
     GatedRole,
     NormRole,
     features_of,
+    find_adapter,
     gated_forward,
     preserved,
     probe,
@@ -321,6 +322,9 @@ class Handle(Uncopied):
         region = Region(module, self.ledger, self.index)
         for linear in role.linears:
             self._set(linear, "forward", region.linear(linear))
+        for layer in module.modules():
+            if isinstance(find_adapter(layer), AdapterRole):
+                self._set(layer, "forward", region.adapted(layer))
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             inert = self.ledger.recomputing and site.again is None

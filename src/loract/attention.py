@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,9 @@ def register() -> None:
 
     def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kw: Any) -> Any:
         site = getattr(module, "_loract_site", None)
+        if site is not None and site.ledger.recomputing and not site.ledger.trying and query.is_cpu:
+            # `Blockwise` reads grouped heads as they are; with one group the function does not repeat them.
+            module = cast(Any, SimpleNamespace(is_causal=getattr(module, "is_causal", True)))
         if site is None or not torch.is_grad_enabled() or not query.requires_grad or site.ledger.recomputing:
             return inner(module, query, key, value, mask, **kw)
         with attention_hooks(site, key, value, mask):

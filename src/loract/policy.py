@@ -89,7 +89,7 @@ class Policy:
         return next((rule.codec for rule in rules if rule.matches(site)), None)
 
 
-PRESETS = ("exact", "tensor", "sublayer", "layer")
+PRESETS = ("balanced", "smallest", "exact", "tensor", "sublayer", "layer")
 
 
 def preset(name: str, *, rank: int | float | None = None, codec: Codec | None = None) -> Policy:
@@ -115,11 +115,35 @@ def preset(name: str, *, rank: int | float | None = None, codec: Codec | None = 
         if rank is not None or codec is not None:
             raise InvalidSpec("preset 'exact' with a rank or codec", "neither", 'use preset("tensor", ...)')
         codec = Exact()
+    if name in _STREAMED:
+        if rank is not None or codec is not None:
+            raise InvalidSpec(f"preset {name!r} with a rank or codec", "neither", 'use preset("sublayer", ...)')
+        return _STREAMED[name]
     chosen = codec or LowRank(rank=0.125 if rank is None else rank)
     regions: dict[str, tuple[Kind, ...]] = {"sublayer": ("sublayer",), "layer": ("layer", "sublayer")}
     coded: tuple[Kind, ...] = (*regions.get(name, ()), "adapter_input", "norm", "gated")
     rules = tuple(Rule(kind=kind, codec=chosen) for kind in coded)
     return Policy(name=name, rules=(*rules, Rule(kind="attention", codec=Exact())))
+
+
+def _streamed(name: str, step: Quantized) -> Policy:
+    """The residual stream in coded steps, and sublayers that run again from it."""
+    byte = Quantized(bits=8)
+    kinds: tuple[tuple[Kind, Codec], ...] = (
+        ("stream", step),
+        ("sublayer", Exact()),
+        ("adapter_input", byte),
+        ("norm", byte),
+        ("gated", byte),
+        ("attention", Exact()),
+    )
+    return Policy(name=name, rules=tuple(Rule(kind=kind, codec=codec) for kind, codec in kinds))
+
+
+_STREAMED = {
+    "balanced": _streamed("balanced", Quantized(bits=8, scale="channel")),
+    "smallest": _streamed("smallest", Quantized(bits=5, scale="channel", outliers=16)),
+}
 
 
 def parse_rank(text: str) -> int | float:

@@ -8,8 +8,8 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from loract.arguments import Draws, Parts, Rebuild, Rest, parts
 from loract.codecs.base import Packed
+from loract.functions.adapted import adapted_linear, merge, single_adapter
+from loract.functions.attention import Blockwise
 from loract.functions.base import Autocast
 from loract.functions.checkpoint import TOKENS, Again
 from loract.functions.linear import dense_weight, supplied_linear
@@ -85,16 +87,19 @@ class Region:
             for leaf, p in zip(inputs, packed, strict=True):
                 if p.factored:
                     self.index.put(leaf, p)
-            routing = _Routing(unread=unread if skip else frozenset())
+            routing = _Routing(unread=unread if skip else frozenset(), merged=merged)
             return self._rerun(inputs, rebuild, draws, autocast, routing)
 
-        return run
+        merged: dict[int, Tensor] = {}
+        return Again(run=run, release=merged.clear)
 
     def _rerun(
         self, inputs: Sequence[Tensor], rebuild: Rebuild, draws: Draws, autocast: Autocast, routing: _Routing
     ) -> tuple[list[Tensor], list[Tensor]]:
-        recomputing = self.ledger.recompute(trial=routing.watch is not None)
-        with self._lock, self._aliased() as aliases, draws.replayed(), recomputing, torch.enable_grad():
+        trial = routing.watch is not None
+        attention = nullcontext() if trial else Blockwise()
+        recomputing = self.ledger.recompute(trial=trial)
+        with self._lock, self._aliased() as aliases, draws.replayed(), recomputing, attention, torch.enable_grad():
             self._thread.routing, before = routing, self._routing
             try:
                 found = autocast.wrap(self._run)(rebuild, inputs)
@@ -128,6 +133,26 @@ class Region:
             if weight is None or (packed is None and weight.requires_grad):
                 return original(x, *args, **kwargs)
             return supplied_linear(x, weight, module.bias, packed, read=read)
+
+        return forward
+
+    def adapted(self, layer: Any) -> Callable[..., Any]:
+        """A forward for the LoRA layer `layer`, which in a second run is one product with the merged weight."""
+        original, base = layer.forward, layer.base_layer
+
+        def forward(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+            routing = self._routing
+            if routing is None or routing.watch is not None or args or kwargs:
+                return original(x, *args, **kwargs)
+            weight, adapter = dense_weight(base), single_adapter(layer)
+            odd = weight is None or adapter is None or weight.requires_grad or self.index.factors(x) is not None
+            if odd or torch.is_autocast_enabled(x.device.type):
+                return original(x, *args, **kwargs)
+            assert weight is not None and adapter is not None
+            if id(base) not in routing.merged:
+                routing.merged[id(base)] = merge(weight, adapter)
+            read = id(base) not in routing.unread
+            return adapted_linear(x, routing.merged[id(base)], base.bias, adapter, weight.dtype, read=read)
 
         return forward
 
@@ -243,6 +268,8 @@ class _Routing:
 
     unread: frozenset[int] = frozenset()
     watch: Watch | None = None
+    merged: dict[int, Tensor] = field(default_factory=lambda: dict[int, Tensor]())
+    """Weights of adapted linear maps, by id of the base: made once for all tokens of one backward."""
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:

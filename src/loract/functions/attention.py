@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from loract.codecs.base import Packed
@@ -31,6 +32,8 @@ ROWS = 512
 """Rows of scores for one key head in a block, its query heads together: fewer make the products slow."""
 SCORES = 1 << 20
 """Scores computed together: rows, key heads and batch entries are taken up to this many."""
+SHORTEST = 256
+"""Queries below which torch's own kernel is as fast."""
 LEAST_ROWS = 32
 """Rows of scores that a block has however many keys there are."""
 
@@ -55,6 +58,35 @@ def supports(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dro
         return False
     full = (batch, heads, length, key.shape[2])
     return all(m in (1, s) for m, s in zip(_four(mask).shape, full, strict=True))
+
+
+class Blockwise(TorchFunctionMode):
+    """While active, scaled dot product attention on CPU is computed in blocks, with grouped heads never repeated."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not functional.scaled_dot_product_attention:
+            return func(*args, **(kwargs or {}))
+        return _attend(*args, **(kwargs or {}))
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    exclusive = not is_causal or attn_mask is None
+    if query.is_cpu and exclusive and supports(query, key, value, attn_mask, dropout_p) and query.shape[2] >= SHORTEST:
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        return blockwise_attention(query, key, value, attn_mask, scale=scale, causal=is_causal)
+    grouped = enable_gqa or query.shape[1] != key.shape[1]
+    return functional.scaled_dot_product_attention(
+        query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=grouped
+    )
 
 
 def canonical(x: Tensor) -> Tensor:

@@ -20,9 +20,16 @@ from loract.codecs.exact import ExactPacked
 from loract.functions.base import load, save
 
 Leaves = Sequence[Tensor]
-Again = Callable[[Leaves, Sequence[Packed], bool], tuple[list[Tensor], list[Tensor]]]
 TOKENS = 1024
 """Tokens taken at a time where a region acts on each by itself: enough for efficient products."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Again:
+    """How to run the module a second time; see `Rerun.again`. `release` drops what its runs share."""
+
+    run: Callable[[Leaves, Sequence[Packed], bool], tuple[list[Tensor], list[Tensor]]]
+    release: Callable[[], None]
 
 
 @dataclass(kw_only=True, eq=False)
@@ -30,7 +37,7 @@ class Rerun:
     """One call of a region: how to run it, its packed inputs, and afterwards what stands for each output.
 
     `values(tensors)` runs the module as it is: the tensors that it returns, and how to put others in their places.
-    `again(inputs, packed, unread)` runs it with a graph from leaves, given
+    `again.run(inputs, packed, unread)` runs it with a graph from leaves, given
     what is packed for each, and returns its outputs and the aliases of the trainable parameters; with `unread` it
     may leave out values that no gradient depends on, the outputs' among them.
     """
@@ -72,7 +79,8 @@ class _Graph:
         inputs = [
             _dense(p, shape).detach().requires_grad_(grad) for p, (shape, grad) in zip(operands, self.like, strict=True)
         ]
-        outputs, aliases = self.again(inputs, operands, not self.read)
+        outputs, aliases = self.again.run(inputs, operands, not self.read)
+        self.again.release()
         return inputs, outputs, aliases
 
     @property
@@ -98,7 +106,7 @@ class _Graph:
             part = slice(start, start + TOKENS)
             rows = packed.rows(part) if dense is None else packed
             leaf = (rows.decode() if dense is None else dense[part])[None].detach().requires_grad_(wanted)
-            outputs, aliases = self.again([leaf], [rows], True)
+            outputs, aliases = self.again.run([leaf], [rows], True)
             upstream = grad[part].reshape(outputs[0].shape)
             grad_leaf, *others = _gradients(outputs, [upstream], [leaf, *aliases], retain=False)
             del outputs  # with its graph, before the next part is run
@@ -106,6 +114,7 @@ class _Graph:
                 out = grad_leaf.new_empty(len(grad), shape[-1]) if out is None else out
                 out[part] = grad_leaf[0]
             sums = others if start == 0 else [_sum(a, b) for a, b in zip(sums, others, strict=True)]
+        self.again.release()
         return [None if out is None else out.reshape(shape), *sums]
 
     def value(self, index: int) -> Callable[..., Tensor]:

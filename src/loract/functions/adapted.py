@@ -1,0 +1,96 @@
+"""A linear map with a LoRA adapter in a region that runs again: one product with the merged weight.
+
+y = x M^T + b with M = W + s B A, made for the moment; for the upstream gradient g (N, m):
+    dx = g M,  dA = s (g B)^T x,  dB = s g^T (x A^T).
+PEFT's own forward widens x, runs the adapter beside the base and adds two (N, m) tensors. The first run does exactly
+that, since values may not change; what backward needs is another matter.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from loract.codecs.base import contract_dense
+from loract.functions.base import no_autocast
+from loract.linalg import promote
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adapter:
+    """A (r, n), B (m, r) and the factor s of their product."""
+
+    a: Tensor
+    b: Tensor
+    scaling: float
+
+
+def single_adapter(layer: Any) -> Adapter | None:
+    """The one adapter that a LoRA layer applies; None where it does anything else (none, several, merged, dropout)."""
+    names = [name for name in layer.active_adapters if name in layer.lora_A]
+    if len(names) != 1 or layer.disable_adapters or layer.merged or names[0] in getattr(layer, "lora_variant", {}):
+        return None
+    (name,) = names
+    a, b, dropout = layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]
+    if (dropout.training and getattr(dropout, "p", 0.0) > 0) or type(a) is not nn.Linear or type(b) is not nn.Linear:
+        return None
+    if a.bias is not None or b.bias is not None:
+        return None
+    return Adapter(a=a.weight, b=b.weight, scaling=float(layer.scaling[name]))
+
+
+def merge(weight: Tensor, adapter: Adapter) -> Tensor:
+    """M = W + s B A (m, n), in fp32 on processors that widen 16-bit products anyway, else in W's dtype."""
+    wide = promote(weight.detach()) if weight.is_cpu else weight.detach()
+    return torch.addmm(wide, adapter.b.detach().to(wide.dtype), adapter.a.detach().to(wide.dtype), alpha=adapter.scaling)
+
+
+def adapted_linear(
+    x: Tensor, merged: Tensor, bias: Tensor | None, adapter: Adapter, dtype: torch.dtype, *, read: bool
+) -> Tensor:
+    """Y (..., m) = x M^T + b in `dtype`, for x (..., n); unless `read` it is NaN, so that a reader is loud."""
+    return _Adapted.apply(x, merged, bias, adapter.a, adapter.b, adapter.scaling, dtype, read)  # type: ignore[no-any-return]
+
+
+class _Adapted(Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        merged: Tensor,
+        bias: Tensor | None,
+        a: Tensor,
+        b: Tensor,
+        scaling: float,
+        dtype: torch.dtype,
+        read: bool,
+    ) -> Tensor:
+        with no_autocast(x):
+            flat = x.reshape(-1, x.shape[-1]).to(merged.dtype)
+            z = flat @ a.to(merged.dtype).T
+            if read:
+                y = flat @ merged.T if bias is None else torch.addmm(bias.to(merged.dtype), flat, merged.T)
+                y = y.to(dtype)
+            else:
+                y = torch.full((len(flat), len(merged)), torch.nan, dtype=dtype, device=x.device)
+        ctx.save_for_backward(x, merged, a, b, z)
+        ctx.scaling = scaling
+        return y.reshape(*x.shape[:-1], len(merged))
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride] (the decorator hides the names)
+        ctx: Any, grad: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        x, merged, a, b, z = ctx.saved_tensors
+        with no_autocast(grad):
+            g = grad.reshape(-1, grad.shape[-1]).to(merged.dtype)
+            grad_x = (g @ merged).to(x.dtype).reshape(x.shape) if ctx.needs_input_grad[0] else None
+            grad_a = contract_dense((g @ b.to(g.dtype)).mul_(ctx.scaling), x.reshape(-1, x.shape[-1])).to(a.dtype)
+            grad_b = (g.T @ z).mul_(ctx.scaling).to(b.dtype)
+        return grad_x, None, None, grad_a, grad_b, None, None, None
