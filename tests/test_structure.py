@@ -32,6 +32,8 @@ ORDER = [
     "attach",
     "memory",
     "audit",
+    "policyfile",
+    "plan",
     "data",
     "weights",
     "workload",

@@ -7,7 +7,9 @@ from loract.attach import Handle, attach
 from loract.audit import Fidelity, audit
 from loract.codecs import Exact, LowRank, Quantized, Transform
 from loract.errors import InvalidSpec, LoractError, MissingExtra, UnsupportedModule
+from loract.plan import plan
 from loract.policy import Policy, Rule, Site, preset
+from loract.policyfile import load_policy, save_policy
 from loract.rangefinder import Gaussian, Sampled, Truncated
 
 __version__ = "0.1.0"
@@ -31,7 +33,10 @@ __all__ = [
     "UnsupportedModule",
     "attach",
     "audit",
+    "load_policy",
+    "plan",
     "preset",
+    "save_policy",
 ]
 
 

@@ -228,8 +228,10 @@ class Handle(Uncopied):
             if not torch.is_grad_enabled():
                 return original(x)
             if site.site.kind == "stream" and not self.ledger.recomputing:
-                return self._stream_norm(x, weight, bias, site, role, original) if trains else self._stream_start(
-                    x, site, original
+                return (
+                    self._stream_norm(x, weight, bias, site, role, original)
+                    if trains
+                    else self._stream_start(x, site, original)
                 )
             if not trains:  # autograd saves nothing for it; what its readers need they pack themselves
                 site.begin(0)

@@ -13,7 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import (
+    TorchDispatchMode,
+    _get_current_dispatch_mode,  # pyright: ignore[reportPrivateUsage]
+    _pop_mode_temporarily,  # pyright: ignore[reportPrivateUsage]
+)
 from torch.utils._pytree import tree_map_only
 
 _aten = torch.ops.aten
@@ -58,6 +62,12 @@ def fast_bf16() -> AbstractContextManager[object]:
         torch.bfloat16
     """
     return nullcontext() if native_bf16() else WidenedProducts()
+
+
+def unwidened() -> AbstractContextManager[object]:
+    """Without `WidenedProducts`, for arithmetic that is in fp32 anyway: many small operators spare the detour."""
+    innermost = isinstance(_get_current_dispatch_mode(), WidenedProducts)
+    return _pop_mode_temporarily() if innermost else nullcontext()
 
 
 def _is_bf16_cpu(x: object) -> bool:

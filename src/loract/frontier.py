@@ -40,6 +40,8 @@ Part = Literal["bytes", "gradient", "training", "time", "failed"]
 def methods(only: Sequence[str] = ()) -> tuple[Variant, ...]:
     """Plain LoRA first, its rivals, every preset, and the modes at several ranks; with `only`, LoRA and those.
 
+    Case does not matter in `only`.
+
     Raises:
         InvalidSpec: an unknown name.
     """
@@ -51,11 +53,13 @@ def methods(only: Sequence[str] = ()) -> tuple[Variant, ...]:
         for text, rank in RANKS.items()
     ]
     every = (*RIVALS, *presets, *exact, *ranked)
-    names = [v.name for v in every]
+    names = {v.name.lower(): v.name for v in every}
     for name in only:
-        if name not in names:
-            raise InvalidSpec(f"method {name!r}", f"one of {', '.join(names)}", nearest(name, names))
-    return tuple(v for v in every if not only or v.plain or v.name in only)
+        if name.lower() not in names:
+            close = nearest(name.lower(), names)
+            raise InvalidSpec(f"method {name!r}", f"one of {'; '.join(names.values())}", close)
+    chosen = {name.lower() for name in only}
+    return tuple(v for v in every if not only or v.plain or v.name.lower() in chosen)
 
 
 @dataclass(frozen=True, kw_only=True)

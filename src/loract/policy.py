@@ -89,7 +89,7 @@ class Policy:
         return next((rule.codec for rule in rules if rule.matches(site)), None)
 
 
-PRESETS = ("balanced", "smallest", "exact", "tensor", "sublayer", "layer")
+PRESETS = ("exact", "tensor", "sublayer", "layer", "balanced", "smallest")
 
 
 def preset(name: str, *, rank: int | float | None = None, codec: Codec | None = None) -> Policy:
@@ -141,7 +141,7 @@ def _streamed(name: str, step: Quantized) -> Policy:
 
 
 _STREAMED = {
-    "balanced": _streamed("balanced", Quantized(bits=8, scale="channel")),
+    "balanced": _streamed("balanced", Quantized(bits=8, scale="channel", outliers=16)),
     "smallest": _streamed("smallest", Quantized(bits=5, scale="channel", outliers=16)),
 }
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from loract.arguments import Draws, Parts, Rebuild, Rest, parts
 from loract.codecs.base import Packed
-from loract.functions.adapted import adapted_linear, merge, single_adapter
+from loract.functions.adapted import adapted_linear, in_place, merge, single_adapter
 from loract.functions.attention import Blockwise
 from loract.functions.base import Autocast
 from loract.functions.checkpoint import TOKENS, Again
@@ -142,13 +142,16 @@ class Region:
 
         def forward(x: Tensor, *args: Any, **kwargs: Any) -> Any:
             routing = self._routing
-            if routing is None or routing.watch is not None or args or kwargs:
+            known = not args and not kwargs and not torch.is_autocast_enabled(x.device.type)
+            adapter = single_adapter(layer) if known else None
+            if adapter is None or (routing is not None and routing.watch is not None):
                 return original(x, *args, **kwargs)
-            weight, adapter = dense_weight(base), single_adapter(layer)
-            odd = weight is None or adapter is None or weight.requires_grad or self.index.factors(x) is not None
-            if odd or torch.is_autocast_enabled(x.device.type):
-                return original(x, *args, **kwargs)
-            assert weight is not None and adapter is not None
+            if routing is None:
+                plain = not torch.is_grad_enabled() and x.is_floating_point() and getattr(layer, _CASTS, True)
+                return in_place(base(x), x, layer, adapter) if plain else original(x)
+            weight = dense_weight(base)
+            if weight is None or weight.requires_grad or self.index.factors(x) is not None:
+                return original(x)
             if id(base) not in routing.merged:
                 routing.merged[id(base)] = merge(weight, adapter)
             read = id(base) not in routing.unread
@@ -260,6 +263,9 @@ class Region:
         finally:
             for module, name, parameter in slots:
                 module._parameters[name] = parameter  # pyright: ignore[reportArgumentType]
+
+
+_CASTS = "cast_input_dtype_enabled"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from loract.codecs.base import Affine, Packed, contract_dense, kept_graph
+from loract.cpu import unwidened
 from loract.errors import LoractError
 from loract.linalg import promote, row_chunks
 
@@ -96,8 +97,9 @@ class Chain:
         while self.at != position:
             up = self.at < position
             code = self.codes[self.at if up else self.at - 1]
-            for part in row_chunks(self.state):
-                self.state[part].add_(code.rows(part).decode(), alpha=1 if up else -1)
+            with unwidened():
+                for part in row_chunks(self.state):
+                    self.state[part].add_(code.rows(part).decode(), alpha=1 if up else -1)
             self.at += 1 if up else -1
 
     def _check(self, position: int) -> None:
@@ -167,17 +169,19 @@ class Entry:
     x: Tensor | None
     kind: tuple[tuple[int, int], torch.dtype, torch.device]
     encode: Encode
+    version: int
+    """Of x when the norm read it."""
     code: Packed | None = None
     chain: Chain | None = None
     position: int = 0
     branch: Branch | None = None
-    norm: dict[str, Tensor | None] = field(default_factory=lambda: dict[str, Any]())
+    norm: dict[str, Any] = field(default_factory=lambda: dict[str, Any]())
+    """Scale, bias, rstd and mean of the norm, while undecided."""
     readers: int = 0
 
     def sandwich(self) -> Sandwich:
         """The norm that reads it, as one whose output is what a sum gains."""
-        assert self.x is not None
-        return Sandwich(x=self.x, **self.norm)  # type: ignore[arg-type]
+        return Sandwich(x=self._held(), **self.norm)
 
     @property
     def undecided(self) -> bool:
@@ -192,12 +196,16 @@ class Entry:
     @property
     def ends(self) -> bool:
         """Whether a chain may still go on from here."""
-        return self.x is not None or self.code is not None or (self.chain is not None and self.position == len(self.chain.codes))
+        return (
+            self.x is not None
+            or self.code is not None
+            or (self.chain is not None and self.position == len(self.chain.codes))
+        )
 
     def settle(self) -> None:
         """Code it by itself."""
         if self.x is not None:
-            self.code, self.x = self.encode(self.x), None
+            self.code, self.x = self.encode(self._held()), None
             self.norm.clear()
 
     def begin(self) -> Chain:
@@ -227,14 +235,22 @@ class Entry:
             return self.branch.decode(self.kind[1])
         if self.chain is not None:
             return self.chain.decode(self.position, self.kind[1])
-        held = self.x if self.code is None else self.code.decode()
-        if held is None:
+        return self._held() if self.code is None else self.code.decode()
+
+    def _held(self) -> Tensor:
+        if self.x is None:
             raise LoractError(
                 "a second read of a norm's input that was dropped after the first backward pass",
                 "one backward pass for each forward pass",
                 "call backward(retain_graph=True) on all passes but the last",
             )
-        return held
+        if not self.x.is_inference() and self.x._version != self.version:
+            raise LoractError(
+                "a norm's input that was edited in place after the norm had read it",
+                "an input that stays as it is until backward",
+                "write x = x + y for x += y, or leave this norm out of the policy",
+            )
+        return self.x
 
     def done(self) -> None:
         """An announced reader has read."""
@@ -244,6 +260,7 @@ class Entry:
             self.readers -= 1
             if self.readers <= 0:
                 self.x = self.code = None
+                self.norm.clear()
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -299,23 +316,26 @@ class Streams:
         """What stands for x (..., n), the input of a norm."""
         flat = x.detach().reshape(-1, x.shape[-1])
         kind = ((flat.shape[0], flat.shape[1]), x.dtype, x.device)
-        known = None if x.grad_fn is None else _marked(x.grad_fn, x.output_nr)
+        node: Any = x.grad_fn
+        known = None if node is None else _marked(node, x.output_nr)
         if known is not None and known.kind == kind and known.known:
             return Streamed(entry=known)  # parallel branches read one sum
-        entry = Entry(x=flat, kind=kind, encode=encode)
+        entry = Entry(x=flat, kind=kind, encode=encode, version=0 if flat.is_inference() else flat._version)
         with torch.no_grad():
-            self._place(entry, flat, x.grad_fn)
-        if x.grad_fn is None:
+            self._place(entry, flat, node)
+        if node is None:
             self._thread.start = weakref.ref(entry)
         else:
-            x.grad_fn.metadata[_ENTRY] = (x.output_nr, weakref.ref(entry))
+            node.metadata[_ENTRY] = (x.output_nr, weakref.ref(entry))
         return Streamed(entry=entry)
 
     def output(self, y: Tensor, entry: Entry, **norm: Tensor | None) -> None:
         """`y` is the output of the norm that reads `entry`; `norm` is its scale, bias, rstd and mean."""
-        entry.norm = norm
-        if y.grad_fn is not None:
-            y.grad_fn.metadata[_NORM] = weakref.ref(entry)
+        if entry.undecided:
+            entry.norm = norm
+        node: Any = y.grad_fn
+        if node is not None:
+            node.metadata[_NORM] = weakref.ref(entry)
 
     def _place(self, entry: Entry, flat: Tensor, node: Any) -> None:
         recent = self._recent()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import typer
 
 from loract import __version__
-from loract.cli import audit, bench, demo, env, profile
+from loract.cli import audit, bench, demo, env, plan, profile
 from loract.cli import train as runs
 
 app = typer.Typer(
@@ -15,7 +15,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for verb in (runs.init, demo.demo, audit.audit, profile.profile, runs.export, env.env):
+for verb in (runs.init, demo.demo, audit.audit, plan.plan, profile.profile, runs.export, env.env):
     app.command()(verb)
 app.add_typer(bench.app, name="bench")
 for verb in (runs.train, runs.validate):

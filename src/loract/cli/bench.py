@@ -50,8 +50,7 @@ def bench(
 ) -> None:
     """Measure one step of Gemma-3-270M (bf16 base, LoRA r = 16 on all linears), decoder body, loss chunked for all.
 
-    Prints the table and writes it with the records (JSON lines) and a plot. `loract bench frontier` measures more
-    methods, on more models.
+    Prints the table and writes it with the records (JSON lines) and a plot.
     """
     if context.invoked_subcommand is not None:
         return

@@ -304,7 +304,8 @@ class Memo:
 
 def kept_graph() -> bool:
     """Whether the backward pass that this thread is in retains its graph."""
-    return bool(torch._C._autograd._get_current_graph_task_keep_graph())
+    engine: Any = torch._C
+    return bool(engine._autograd._get_current_graph_task_keep_graph())
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -17,6 +17,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from loract.codecs.base import contract_dense
+from loract.cpu import unwidened
 from loract.functions.base import no_autocast
 from loract.linalg import promote
 
@@ -44,10 +45,22 @@ def single_adapter(layer: Any) -> Adapter | None:
     return Adapter(a=a.weight, b=b.weight, scaling=float(layer.scaling[name]))
 
 
+def in_place(base: Tensor, x: Tensor, layer: Any, adapter: Adapter) -> Tensor:
+    """Base + s B (A x), bit for bit as PEFT adds them but without its three temporaries; overwrites `base` (..., m).
+
+    x (..., n) is the layer's input. For runs without a graph.
+    """
+    name = next(name for name in layer.active_adapters if name in layer.lora_A)
+    added = layer.lora_B[name](layer.lora_A[name](x.to(adapter.a.dtype))).mul_(adapter.scaling).add_(base)
+    return added if added.dtype == base.dtype else base.copy_(added)
+
+
 def merge(weight: Tensor, adapter: Adapter) -> Tensor:
     """M = W + s B A (m, n), in fp32 on processors that widen 16-bit products anyway, else in W's dtype."""
     wide = promote(weight.detach()) if weight.is_cpu else weight.detach()
-    return torch.addmm(wide, adapter.b.detach().to(wide.dtype), adapter.a.detach().to(wide.dtype), alpha=adapter.scaling)
+    return torch.addmm(
+        wide, adapter.b.detach().to(wide.dtype), adapter.a.detach().to(wide.dtype), alpha=adapter.scaling
+    )
 
 
 def adapted_linear(
@@ -70,7 +83,7 @@ class _Adapted(Function):
         dtype: torch.dtype,
         read: bool,
     ) -> Tensor:
-        with no_autocast(x):
+        with no_autocast(x), unwidened():
             flat = x.reshape(-1, x.shape[-1]).to(merged.dtype)
             z = flat @ a.to(merged.dtype).T
             if read:
@@ -88,7 +101,7 @@ class _Adapted(Function):
         ctx: Any, grad: Tensor
     ) -> tuple[Tensor | None, ...]:
         x, merged, a, b, z = ctx.saved_tensors
-        with no_autocast(grad):
+        with no_autocast(grad), unwidened():
             g = grad.reshape(-1, grad.shape[-1]).to(merged.dtype)
             grad_x = (g @ merged).to(x.dtype).reshape(x.shape) if ctx.needs_input_grad[0] else None
             grad_a = contract_dense((g @ b.to(g.dtype)).mul_(ctx.scaling), x.reshape(-1, x.shape[-1])).to(a.dtype)

@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from loract.codecs.base import Packed
+from loract.cpu import unwidened
 from loract.errors import LoractError
 from loract.functions.base import Forward, load, no_autocast, save
 from loract.linalg import promote
@@ -81,8 +82,8 @@ def _attend(
 ) -> Tensor:
     exclusive = not is_causal or attn_mask is None
     if query.is_cpu and exclusive and supports(query, key, value, attn_mask, dropout_p) and query.shape[2] >= SHORTEST:
-        scale = query.shape[-1] ** -0.5 if scale is None else scale
-        return blockwise_attention(query, key, value, attn_mask, scale=scale, causal=is_causal)
+        factor = query.shape[-1] ** -0.5 if scale is None else scale
+        return blockwise_attention(query, key, value, attn_mask, scale=factor, causal=is_causal)
     grouped = enable_gqa or query.shape[1] != key.shape[1]
     return functional.scaled_dot_product_attention(
         query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=grouped
@@ -157,7 +158,7 @@ class _Attention(Function):
         ctx.plans = _plans(query, key, mask, causal) if query.is_cpu else ()
         if forward is not None:
             return forward()
-        with no_autocast(query):
+        with no_autocast(query), unwidened():
             if not query.is_cpu:
                 return _kernel(query, key, value, mask, scale, causal)
             return _output(_Operands(query, key, value, mask, scale, ctx.plans))
@@ -173,7 +174,7 @@ class _Attention(Function):
         assert key is not None
         assert value is not None
         wanted = ctx.needs_input_grad[:3]
-        with no_autocast(grad):
+        with no_autocast(grad), unwidened():
             if query.is_cpu:
                 grads = _gradients(_Operands(query, key, value, mask, ctx.scale, ctx.plans), grad, wanted)
             else:

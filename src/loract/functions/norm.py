@@ -18,6 +18,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from loract.codecs.base import Memo, Packed, Recomputed, tokens_features, unbound
+from loract.cpu import unwidened
 from loract.functions.base import Autocast, Forward, load, no_autocast, save
 from loract.linalg import promote, row_chunks, row_energies
 
@@ -136,7 +137,7 @@ class _Norm(Function):
     ) -> tuple[Tensor | None, ...]:
         (packed,), (weight, rstd, mean) = load(ctx)
         role, (shape, dtype) = ctx.role, ctx.like
-        with no_autocast(grad):
+        with no_autocast(grad), unwidened():
             grad = grad.reshape(-1, shape[-1])
             kept, scale = packed.read(), role.scale(weight)
             out = torch.empty(kept.shape, dtype=dtype, device=kept.device)

@@ -58,6 +58,7 @@ def frontier(records: Sequence[Record], path: Path, title: str, floor: float | N
     share = [100 * r.saved_bytes / records[0].saved_bytes for r in records]
     error = [max(LEAST_ERROR, r.relative_error or 0.0) for r in records]
     time = [r.time_ratio for r in records]
+    dots: Any = None
     low, high = min(0.9, *time), max(1.5, *time)  # two runs with like times get like colours
     for mark, (name, ours) in {"o": ("other methods", False), "D": ("loract", True)}.items():
         chosen = [i for i, r in enumerate(records) if r.name.startswith("loract") is ours]
@@ -75,14 +76,14 @@ def frontier(records: Sequence[Record], path: Path, title: str, floor: float | N
             label=name,
             zorder=3,
         )
-    for number, place in _spread([*zip(share, error, strict=True)]).items():
+    for group in _groups([*zip(share, error, strict=True)]):
+        top = max(group, key=lambda i: error[i])
         plane.annotate(
-            str(number + 1),
-            (share[number], error[number]),
-            xytext=place,
+            " ".join(str(i + 1) for i in group),
+            (share[top], error[top]),
+            xytext=(0, 8),
             textcoords="offset points",
             ha="center",
-            va="center",
             fontsize=8,
             zorder=4,
         )
@@ -96,26 +97,30 @@ def frontier(records: Sequence[Record], path: Path, title: str, floor: float | N
     plane.grid(visible=True, alpha=0.3)
     if floor:
         plane.axhline(floor, color="black", linestyle="dashed", linewidth=1, label="LoRA in the model's own dtype")
-    listed = plane.legend(loc="lower left", fontsize=8, framealpha=0.9)
-    plane.add_artist(listed)
+    plane.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=3, fontsize=8, frameon=False)
     figure.colorbar(dots, ax=plane, label=f"step time relative to {records[0].name}")
     names = "\n".join(f"{i + 1}  {r.name}" for i, r in enumerate(records))
     figure.text(1.01, 0.5, names, va="center", ha="left", fontsize=9)
     return _save(figure, path)
 
 
-def _spread(points: Sequence[tuple[float, float]]) -> dict[int, tuple[float, float]]:
-    """Offsets in points of the labels, so that those of neighbouring marks do not lie on each other."""
-    found: dict[int, tuple[float, float]] = {}
-    for index, (x, y) in enumerate(points):
-        near = [
-            j for j, (u, v) in enumerate(points[:index]) if abs(math.log(x / u)) < 0.25 and abs(math.log(y / v)) < 1.2
-        ]
-        taken = {found[j] for j in near}
-        places = [(12.0 * a, 12.0 * b) for a, b in ((0, 1), (0, -1), (1, 0), (-1, 0))]
-        places += [(13.0 * a, 13.0 * b) for a, b in ((1, 1), (-1, 1), (1, -1), (-1, -1))]
-        places += [(0.0, 24.0 + 11.0 * k) for k in range(len(points))]
-        found[index] = next(place for place in places if place not in taken)
+def _groups(points: Sequence[tuple[float, float]]) -> list[list[int]]:
+    """Points that lie so close that they share a label, each group from left to right.
+
+    Example:
+        >>> _groups([(100.0, 1e-8), (6.1, 0.1), (6.0, 0.1)])
+        [[2, 1], [0]]
+    """
+    found: list[list[int]] = []
+    for index in sorted(range(len(points)), key=lambda i: points[i]):
+        x, y = points[index]
+        for group in found:
+            u, v = points[group[-1]]
+            if abs(math.log(x / u)) < 0.08 and abs(math.log(y / v)) < 0.8:
+                group.append(index)
+                break
+        else:
+            found.append([index])
     return found
 
 
