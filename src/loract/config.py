@@ -34,10 +34,10 @@ class _Block(BaseModel):
 class Compression(_Block):
     """The block `activation_compression`: what is kept for the backward pass, and how."""
 
-    preset: Literal["exact", "tensor", "sublayer", "layer", "none"] = "exact"
+    preset: Literal["balanced", "smallest", "exact", "tensor", "sublayer", "layer", "none"] = "exact"
     """`none` trains without loract."""
     rank: int | float | str | None = None
-    """Columns kept (int) or share of the features (0.125, 1/8), for every preset but exact. Default 1/8."""
+    """Columns kept (int) or share of the features (0.125, 1/8), for tensor, sublayer and layer. Default 1/8."""
     bits: Annotated[int, Field(ge=1, le=8)] | None = None
     """Quantise to so many bits instead of low rank."""
     exact: bool = False

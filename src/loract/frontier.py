@@ -251,6 +251,8 @@ class _Session:
         contender = contend(self.work.model, variant)
         try:
             with self._products(variant):
+                if variant.compiled:
+                    _compile(contender, self.work, self.batch, self.upstream)
                 yield contender
         finally:
             _close(contender)
@@ -258,8 +260,6 @@ class _Session:
     def _bytes(self, variant: Variant) -> dict[str, Any]:
         meter = allocator_bytes if variant.compiled else step_bytes
         with self._contending(variant) as contender:
-            if variant.compiled:
-                _compile(contender, self.work, self.batch, self.upstream)
             found = body_step(contender, self.work, self.batch, self.upstream, meter)
         return {
             "saved_bytes": found.saved_bytes,

@@ -34,6 +34,7 @@ POINTS = 16
 """Candidates measured between the most accurate mixture and the smallest one."""
 STREAM: tuple[Codec, ...] = (
     Quantized(bits=8, scale="channel"),
+    Quantized(bits=8, scale="channel", outliers=16),
     Quantized(bits=7, scale="channel"),
     Quantized(bits=6, scale="channel", outliers=16),
     Quantized(bits=6, scale="channel"),
@@ -334,7 +335,7 @@ class _Surveyor:
 
     def _saves(self, kind: Kind, codec: Codec, base_bytes: int) -> bool:
         """Whether coding all sites of a kind makes a difference: inside what runs again it makes none."""
-        codecs = {(kind, group): codec for group in range(len(self.groups))}
+        codecs: dict[tuple[Kind, int], Codec] = {(kind, group): codec for group in range(len(self.groups))}
         return self.meter.measure(self._policy(codecs), f"every {kind}: {describe(codec)}")[0] < base_bytes
 
     def _presets(self, names: Sequence[str]) -> list[Choice]:

@@ -51,7 +51,7 @@ activation_compression:
   # rank: 1/8                       # share of the features (or columns, 16) that coded tensors keep
   # bits: 8                         # or quantise instead
   # exact: true                     # or keep the inputs of sublayers and layers as they are
-  # fidelity_steps: 100             # how often the gradient's error is measured (0: never)
+  # audit_every: 100                # how often the gradient's error is measured (0: never)
 
 # The run
 output_dir: runs/first
