@@ -600,13 +600,27 @@ def multiplied(model, x, monkeypatch):
             found[names[id(weight)]] += 1
         return original(x, weight, bias)
 
+    merged = {}
+    merge, product = loract.region.merge, loract.region.adapted_linear
+
+    def merging(weight, adapter):
+        out = merge(weight, adapter)
+        merged[id(out)] = names[id(weight)]
+        return out
+
+    def adapted(x, weight, *args, read):
+        found[merged[id(weight)]] += read
+        return product(x, weight, *args, read=read)
+
     backward(model, x)  # the trials
     model.zero_grad()
     loss = loss_of(model, x)
     with monkeypatch.context() as patch:
         patch.setattr(torch.nn.functional, "linear", counted)
+        patch.setattr(loract.region, "merge", merging)
+        patch.setattr(loract.region, "adapted_linear", adapted)
         loss.backward()
-    return dict(found)
+    return {name: count for name, count in found.items() if count}
 
 
 INNER = {"q_proj": 2, "k_proj": 2, "v_proj": 2, "gate_proj": 2, "up_proj": 2}

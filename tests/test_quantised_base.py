@@ -100,11 +100,15 @@ def test_regions_over_four_bits(folder, monkeypatch, name, codec, tolerance):
     monkeypatch.setattr(
         loract.region, "supplied_linear", lambda *a, read: supplied.append(read) or original(*a, read=read)
     )
+    product = loract.region.adapted_linear
+    merged = []
+    monkeypatch.setattr(loract.region, "adapted_linear", lambda *a, read: merged.append(read) or product(*a, read=read))
     with loract.attach(model, loract.preset(name, codec=codec)) as handle:
         ours, gradients = step(model, ids)
     assert torch.equal(ours, logits)
     assert (gradients - expected).norm() <= tolerance * expected.norm()
     assert handle.summary()["sublayer"] == 4
+    supplied += [read for read in merged if not read]  # with the adapter of the map in one product
     assert supplied.count(False) == {"sublayer": 4, "layer": 2}[name]  # trailing projections, dequantised for backward
     from_factors = isinstance(codec, loract.LowRank) and name == "sublayer"
     assert supplied.count(True) == (10 if from_factors else 0)  # q, k, v, gate and up of two layers
