@@ -1,18 +1,16 @@
 """Write the examples' data next to this file: real text, real docstrings, real handwritten digits, no download."""
 
-import ast
 import json
-import sysconfig
 from pathlib import Path
 
 import numpy
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from loract.data import standard_library
+from loract import data
+from loract.data import PACKAGES, standard_library
 
 DATA = Path(__file__).parent / "data"
-PACKAGES = ("asyncio", "email", "idlelib", "logging", "multiprocessing", "tkinter", "unittest", "xml")
 
 
 def text() -> None:
@@ -26,14 +24,7 @@ def text() -> None:
 
 def docstrings() -> None:
     """Docstrings of functions and classes, labelled with the package that they come from."""
-    library = Path(sysconfig.get_paths()["stdlib"])
-    rows = []
-    for package in PACKAGES:
-        for path in sorted((library / package).rglob("*.py")):
-            tree = ast.parse(path.read_text(encoding="utf-8", errors="replace"))
-            nodes = [n for n in ast.walk(tree) if isinstance(n, (ast.FunctionDef, ast.ClassDef, ast.AsyncFunctionDef))]
-            found = {doc for node in nodes if (doc := ast.get_docstring(node)) and len(doc) > 40}
-            rows += [{"text": doc, "label": package} for doc in sorted(found)]
+    rows = [{"text": doc, "label": package} for package in PACKAGES for doc in data.docstrings(package)]
     with (DATA / "docstrings.jsonl").open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
 

@@ -32,7 +32,6 @@ from loract.recognize import (
     GatedRole,
     NormRole,
     features_of,
-    find_adapter,
     gated_forward,
     preserved,
     probe,
@@ -228,11 +227,9 @@ class Handle(Uncopied):
             if not torch.is_grad_enabled():
                 return original(x)
             if site.site.kind == "stream" and not self.ledger.recomputing:
-                return (
-                    self._stream_norm(x, weight, bias, site, role, original)
-                    if trains
-                    else self._stream_start(x, site, original)
-                )
+                if not trains:
+                    return self._stream_start(x, site, original)
+                return self._stream_norm(x, weight, bias, site, role, original)
             if not trains:  # autograd saves nothing for it; what its readers need they pack themselves
                 site.begin(0)
                 return original(x)
@@ -324,9 +321,8 @@ class Handle(Uncopied):
         region = Region(module, self.ledger, self.index)
         for linear in role.linears:
             self._set(linear, "forward", region.linear(linear))
-        for layer in module.modules():
-            if isinstance(find_adapter(layer), AdapterRole):
-                self._set(layer, "forward", region.adapted(layer))
+        for layer in role.adapted:
+            self._set(layer, "forward", region.adapted(layer))
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             inert = self.ledger.recomputing and site.again is None

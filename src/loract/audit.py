@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
@@ -45,21 +46,28 @@ def audit(model: nn.Module, batch: Any, policy: str | Policy, loss: Loss | None 
     Raises:
         UnsupportedModule: no parameter receives a gradient, or the model has no recognisable site.
     """
-    evaluate = loss or _default_loss
-    kept = {n: p.grad for n, p in model.named_parameters()}
-    buffers = {n: b.detach().clone() for n, b in model.named_buffers()}
-    try:
+    evaluate = loss or default_loss
+    with restored(model):
         value, exact = gradients(model, batch, evaluate)
         with attach(model, policy, seed=seed) as handle:
             _, ours = gradients(model, batch, evaluate)
             sites = handle.stats()
+    return compare_gradients(value, exact, ours, sites)
+
+
+@contextmanager
+def restored(model: nn.Module) -> Generator[None]:
+    """Afterwards gradients and buffers are as they were."""
+    kept = {n: p.grad for n, p in model.named_parameters()}
+    buffers = {n: b.detach().clone() for n, b in model.named_buffers()}
+    try:
+        yield
     finally:
         for name, parameter in model.named_parameters():
             parameter.grad = kept[name]
         for name, buffer in model.named_buffers():
             if name in buffers:
                 buffer.data.copy_(buffers[name])
-    return compare_gradients(value, exact, ours, sites)
 
 
 def gradients(model: nn.Module, batch: Any, loss: Loss) -> tuple[float, dict[str, Tensor]]:
@@ -84,7 +92,8 @@ def gradients(model: nn.Module, batch: Any, loss: Loss) -> tuple[float, dict[str
     return float(value.detach()), found
 
 
-def _default_loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+def default_loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+    """What the model itself returns as its loss."""
     return model(**batch).loss
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from loract.policy import Kind, Site
-from loract.recognize import ActivationRole, Found, Recognised, features_of, find_attention
+from loract.recognize import ActivationRole, AdapterRole, Found, Recognised, features_of, find_attention
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,6 +18,8 @@ class RegionRole:
 
     linears: tuple[Any, ...]
     """The linear maps inside, without those of the adapters."""
+    adapted: tuple[Any, ...]
+    """The LoRA layers inside."""
     widths: frozenset[int]
     """Sizes of the weights inside: an input of another width is no activation (a mask, rotary angles)."""
 
@@ -30,7 +32,7 @@ def find_regions(model: nn.Module, recognised: Recognised) -> list[Found]:
 
     def add(kind: Kind, module: nn.Module) -> None:
         site = Site(kind=kind, name=names[id(module)])
-        found.setdefault((kind, id(module)), Found(site=site, module=module, role=_role(module)))
+        found.setdefault((kind, id(module)), Found(site=site, module=module, role=_role(module, roles)))
 
     for block in _blocks(model):
         add("layer", block)
@@ -132,9 +134,10 @@ def _mixes(module: nn.Module) -> bool:
     return False
 
 
-def _role(module: nn.Module) -> RegionRole:
+def _role(module: nn.Module, roles: dict[int, Any]) -> RegionRole:
     sizes = {size for p in module.parameters() if p.dim() >= 2 for size in p.shape[-2:]}
     linears = _linears(module)
     for m in linears:  # a quantised weight has a shape of its own
         sizes |= set(features_of(m) or ())
-    return RegionRole(linears=linears, widths=frozenset(sizes))
+    adapted = tuple(m for m in module.modules() if isinstance(roles.get(id(m)), AdapterRole))
+    return RegionRole(linears=linears, adapted=adapted, widths=frozenset(sizes))

@@ -7,8 +7,7 @@ candidates and nothing else: bytes and error of every candidate are measured bef
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, cast
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from loract.attach import attach
-from loract.audit import Fidelity, Loss, compare_gradients, gradients
+from loract.audit import Fidelity, Loss, compare_gradients, default_loss, gradients, restored
 from loract.codecs import Codec, Exact, LowRank, Quantized
 from loract.errors import InvalidSpec, LoractError
 from loract.memory import MIB, saved_bytes
@@ -189,7 +188,7 @@ def survey(
         LoractError: the exact gradient is not finite.
         UnsupportedModule: no parameter receives a gradient, or the model has no recognisable site.
     """
-    meter = _Meter(model=model, batch=batch, loss=loss or _default_loss, seed=seed, progress=progress)
+    meter = _Meter(model=model, batch=batch, loss=loss or default_loss, seed=seed, progress=progress)
     return _Surveyor(meter).survey(blocks)
 
 
@@ -215,7 +214,7 @@ class _Meter:
         """
         self.done = 0
         self._tick("the exact gradient")
-        with _restored(self.model):
+        with restored(self.model):
             self.plain_bytes, self.value, self.exact = self._step()
         if not all(bool(gradient.isfinite().all()) for gradient in self.exact.values()):
             raise LoractError("a gradient that is not finite", "a finite one", "try another batch or a wider dtype")
@@ -224,7 +223,7 @@ class _Meter:
         """Saved bytes, and how near the gradient is to the exact one."""
         if policy.rules not in self.known:
             self._tick(text)
-            with _restored(self.model), attach(self.model, policy, seed=self.seed) as handle:
+            with restored(self.model), attach(self.model, policy, seed=self.seed) as handle:
                 size, _, ours = self._step()
                 fidelity = compare_gradients(self.value, self.exact, ours, handle.stats())
             self.known[policy.rules] = size, fidelity
@@ -249,25 +248,6 @@ class _Meter:
         self.done += 1
 
 
-@contextmanager
-def _restored(model: nn.Module) -> Generator[None]:
-    """Gradients and buffers as they were before."""
-    kept = {name: p.grad for name, p in model.named_parameters()}
-    buffers = {name: b.detach().clone() for name, b in model.named_buffers()}
-    try:
-        yield
-    finally:
-        for name, parameter in model.named_parameters():
-            parameter.grad = kept[name]
-        for name, buffer in model.named_buffers():
-            if name in buffers:
-                buffer.data.copy_(buffers[name])
-
-
-def _default_loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
-    return model(**batch).loss
-
-
 @dataclass(frozen=True, kw_only=True)
 class _Knob:
     """A kind of site in one group of layers; its first option is to leave it exact."""
@@ -283,7 +263,7 @@ class _Surveyor:
     def __init__(self, meter: _Meter) -> None:
         """Find out what the model has."""
         self.meter = meter
-        with _restored(meter.model), attach(meter.model, self._policy({}, streamed=True), seed=meter.seed) as handle:
+        with restored(meter.model), attach(meter.model, self._policy({}, streamed=True), seed=meter.seed) as handle:
             self.streamed = "sublayer" in handle.summary()
             sites = [running.site for running in handle.sites]
         present: set[Kind] = {"norm" if site.kind == "stream" and not self.streamed else site.kind for site in sites}

@@ -33,7 +33,7 @@ UNDECIDED = 2
 HOPS = 4
 """Additions and casts between one position and the next (parallel branches are added one after the other)."""
 SMALLEST_SCALE = 0.1
-"""Share of a norm's mean scale below which a channel of its input is not recovered from its output, but taken as 0."""
+"""Share of a norm's mean scale below which a channel takes no correction from the loop."""
 _ENTRY, _NORM = "loract_entry", "loract_norm"
 _PASSING = ("AddBackward0", "ToCopyBackward0", "NativeDropoutBackward0", "MulBackward0", "ViewBackward0")
 
@@ -104,11 +104,15 @@ class Chain:
 
     def _check(self, position: int) -> None:
         if position >= len(self.readers):
-            raise LoractError(
-                "a second walk down a residual stream that was dropped after the first",
-                "one backward pass for each forward pass",
-                "call backward(retain_graph=True) on all passes but the last",
-            )
+            raise _dropped("walk down a residual stream that was dropped after the first")
+
+
+def _dropped(what: str) -> LoractError:
+    once, retain = (
+        "one backward pass for each forward pass",
+        "call backward(retain_graph=True) on all passes but the last",
+    )
+    return LoractError(f"a second {what}", once, retain)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -196,11 +200,7 @@ class Entry:
     @property
     def ends(self) -> bool:
         """Whether a chain may still go on from here."""
-        return (
-            self.x is not None
-            or self.code is not None
-            or (self.chain is not None and self.position == len(self.chain.codes))
-        )
+        return self.known and (self.chain is None or self.position == len(self.chain.codes))
 
     def settle(self) -> None:
         """Code it by itself."""
@@ -239,11 +239,7 @@ class Entry:
 
     def _held(self) -> Tensor:
         if self.x is None:
-            raise LoractError(
-                "a second read of a norm's input that was dropped after the first backward pass",
-                "one backward pass for each forward pass",
-                "call backward(retain_graph=True) on all passes but the last",
-            )
+            raise _dropped("read of a norm's input that was dropped after the first backward pass")
         if not self.x.is_inference() and self.x._version != self.version:
             raise LoractError(
                 "a norm's input that was edited in place after the norm had read it",
