@@ -38,6 +38,12 @@ def native_bf16() -> bool:
     return supported is None or bool(supported())
 
 
+def product_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which products of tensors like x are fast: fp32 for 16 bits on a processor that widens them."""
+    fast = not x.is_cpu or (x.dtype == torch.bfloat16 and native_bf16())
+    return x.dtype if fast else torch.promote_types(x.dtype, torch.float32)
+
+
 class WidenedProducts(TorchDispatchMode):
     """While active, matrix products and attention's backward of bf16 CPU tensors are computed in fp32."""
 

@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from loract.codecs.base import Packed
-from loract.cpu import unwidened
+from loract.cpu import product_dtype, unwidened
 from loract.errors import LoractError
 from loract.functions.base import Forward, load, no_autocast, save
 from loract.linalg import promote
@@ -115,7 +115,7 @@ def blockwise_attention(
     `canonical(query)`, `canonical(key)`, `canonical(value)` and is kept in their place. `forward()` gives the output
     where it has to be the model's own, bit for bit; otherwise it is computed in blocks.
 
-    On CPU 16-bit tensors are multiplied in fp32, and each gradient is rounded once. The temporaries are, in fp32, at
+    On CPU the scores of 16-bit tensors and their gradients are fp32; the other products too, where 16 bits are slow. The temporaries are, in fp32, at
     most 2 max(SCORES, LEAST_ROWS T) scores, the rows of q and dO that belong to them, and k, v, dk and dv of the key
     heads taken together (one, or as many as the same number of scores allows). Elsewhere backward runs torch's own
     kernel again: no loop is faster, and reading the mask would wait for the device.
@@ -351,13 +351,17 @@ class _Scratch:
         self.take(name, *x.shape).copy_(x)
         return self.take(name, entries * heads, group * rows, width)
 
+    def cast(self, name: str, x: Tensor) -> Tensor:
+        """X in the working dtype, itself if it is."""
+        return x if x.dtype == self.dtype else self.take(name, *x.shape).copy_(x)
+
 
 def _probabilities(
     operands: _Operands, part: _Part, block: _Block, query: Tensor, key: Tensor, scratch: _Scratch
 ) -> Tensor:
-    """P (n, group * rows, keys) of a block, for query (n, group * rows, D), scaled, and key (n, keys, D)."""
+    """P (n, group * rows, keys) of a block, for query (n, group * rows, D) and key (n, keys, D)."""
     heads, rows, keys = part[1].stop - part[1].start, block.rows.stop - block.rows.start, key.shape[1]
-    scores = torch.bmm(query, key.mT, out=scratch.take("scores", *query.shape[:2], keys))
+    scores = _product(query, key.mT, scratch, "scores", operands.scale)
     by_head = scores.view(-1, heads, query.shape[1] // rows, rows, keys)
     for masked in block.masked:
         bias = operands.bias(part, block.rows, masked)
@@ -378,23 +382,34 @@ def _like(x: Tensor) -> Tensor:
     return torch.empty(batch, length, heads, width, dtype=x.dtype, device=x.device).transpose(1, 2)
 
 
+def _product(a: Tensor, b: Tensor, scratch: _Scratch, name: str, scale: float = 1.0) -> Tensor:
+    """Scale a b (n, rows, columns) for a (n, rows, m) and b (n, m, columns)."""
+    out = scratch.take(name, *a.shape[:2], b.shape[2])
+    return torch.baddbmm(out, a, b, beta=0.0, alpha=scale, out=out)
+
+
+def _scratches(operands: _Operands) -> tuple[_Scratch, _Scratch]:
+    """For scores and their gradients, at least fp32; for products that need no more than their operands' 16 bits."""
+    scratch, narrow = _Scratch(promote(operands.query[:0]).dtype), product_dtype(operands.query)
+    return scratch, scratch if narrow == scratch.dtype else _Scratch(narrow)
+
+
 def _output(operands: _Operands) -> Tensor:
     """O = P V."""
     out = _like(operands.query)
-    scratch = _Scratch(promote(out[:0]).dtype)
+    scratch, low = _scratches(operands)
     queries, outs = operands.grouped(operands.query), operands.grouped(out)
     for part, plan in operands.pieces():
         key = scratch.wide("key", operands.key[part])
-        value = scratch.wide("value", operands.value[part])
+        value = low.wide("value", operands.value[part])
         for block in plan:
             place = outs[part][:, :, :, block.rows]
             if block.keys.stop == 0:
                 place.zero_()
                 continue
-            query = scratch.stacked("query", queries[part][:, :, :, block.rows]).mul_(operands.scale)
-            p = _probabilities(operands, part, block, query, key[:, block.keys], scratch)
-            product = torch.bmm(p, value[:, block.keys], out=scratch.take("product", *query.shape))
-            place.copy_(product.view(place.shape))
+            query = scratch.stacked("query", queries[part][:, :, :, block.rows])
+            p = low.cast("p", _probabilities(operands, part, block, query, key[:, block.keys], scratch))
+            place.copy_(_product(p, value[:, block.keys], low, "product").view(place.shape))
     return out
 
 
@@ -404,12 +419,13 @@ def _gradients(operands: _Operands, grad: Tensor, wanted: Sequence[bool]) -> tup
         _like(t) if w else None for t, w in zip((operands.query, operands.key, operands.value), wanted, strict=True)
     )
     dq, dk, dv = results
-    scratch = _Scratch(promote(grad[:0]).dtype)
+    scratch, low = _scratches(operands)
     queries, grads = operands.grouped(operands.query), operands.grouped(grad)
     dqs = None if dq is None else operands.grouped(dq)
     for part, plan in operands.pieces():
         key = scratch.wide("key", operands.key[part])
         value = scratch.wide("value", operands.value[part])
+        low_key = key if low is scratch else low.wide("key", operands.key[part])
         sum_k = None if dk is None else scratch.take("sum_k", *key.shape).zero_()
         sum_v = None if dv is None else scratch.take("sum_v", *value.shape).zero_()
         for block in plan:
@@ -418,27 +434,36 @@ def _gradients(operands: _Operands, grad: Tensor, wanted: Sequence[bool]) -> tup
                     dqs[part][:, :, :, block.rows].zero_()
                 continue
             k, v = key[:, block.keys], value[:, block.keys]
-            query = scratch.stacked("query", queries[part][:, :, :, block.rows]).mul_(operands.scale)
+            query = scratch.stacked("query", queries[part][:, :, :, block.rows])
             upstream = scratch.stacked("upstream", grads[part][:, :, :, block.rows])
             p = _probabilities(operands, part, block, query, k, scratch)
             if sum_v is not None:
-                sum_v[:, block.keys].baddbmm_(p.mT, upstream)
+                _accumulate(sum_v[:, block.keys], low.cast("p", p), low.cast("upstream", upstream), low)
             if dqs is None and sum_k is None:
                 continue
-            dp = torch.bmm(upstream, v.mT, out=scratch.take("dp", *p.shape))
+            dp = _product(upstream, v.mT, scratch, "dp")
             # dS in dP's place, row by row: one pass where P * (dP - rowsum(P * dP)) would be three.
             ds = torch.ops.aten._softmax_backward_data.out(dp, p, -1, p.dtype, grad_input=dp)
+            ds = low.cast("p", ds)
             if sum_k is not None:
-                sum_k[:, block.keys].baddbmm_(ds.mT, query)
+                _accumulate(sum_k[:, block.keys], ds, low.cast("query", query), low)
             if dqs is not None:
                 place = dqs[part][:, :, :, block.rows]
-                product = torch.bmm(ds, k, out=scratch.take("upstream", *query.shape)).mul_(operands.scale)
+                product = _product(ds, low_key[:, block.keys], low, "upstream", operands.scale)
                 place.copy_(product.view(place.shape))
         if dk is not None and sum_k is not None:
-            dk[part] = sum_k.view(dk[part].shape)
+            dk[part] = sum_k.mul_(operands.scale).view(dk[part].shape)
         if dv is not None and sum_v is not None:
             dv[part] = sum_v.view(dv[part].shape)
     return results
+
+
+def _accumulate(total: Tensor, a: Tensor, b: Tensor, low: _Scratch) -> None:
+    """Total (n, keys, D) += a^T b for a (n, rows, keys) and b (n, rows, D)."""
+    if total.dtype == low.dtype:
+        total.baddbmm_(a.mT, b)
+    else:
+        total.add_(_product(a.mT, b, low, "sum"))
 
 
 # Torch's kernel on other devices
