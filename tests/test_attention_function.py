@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import oracles
 from loract.codecs import Exact, LowRank, Quantized
 from loract.errors import LoractError
-from loract.functions import attention
+from loract.functions import attention, attention_blocks, attention_plan
 from loract.functions.attention import blockwise_attention, canonical, supports
 from loract.memory import peak_bytes, saved_bytes
 
@@ -24,8 +24,9 @@ heads = pytest.mark.parametrize(("query_heads", "key_heads"), HEADS)
 def blocks(request, monkeypatch):
     """Sizes of the blocks: everything at once, several queries, heads and entries together, as few as possible."""
     for name, size in zip(("QUERIES", "ROWS", "SCORES"), request.param, strict=True):
-        monkeypatch.setattr(attention, name, size)
-    monkeypatch.setattr(attention, "LEAST_ROWS", min(32, request.param[1]))
+        monkeypatch.setattr(attention_plan, name, size)
+    monkeypatch.setattr(attention_blocks, "SCORES", request.param[2])
+    monkeypatch.setattr(attention_plan, "LEAST_ROWS", min(32, request.param[1]))
 
 
 def normal(*shape, seed=0, dtype=torch.float64, grad=True):
@@ -325,8 +326,8 @@ def test_peak_of_forward_and_backward():
         torch.autograd.grad(out, (query, key, value), grad)
 
     together = 4 * 4 * key[0].numel() * 4
-    scores = 2 * attention.SCORES * 4
-    rows = 2 * attention.SCORES // 256 * 64 * 4
+    scores = 2 * attention_plan.SCORES * 4
+    rows = 2 * attention_plan.SCORES // 256 * 64 * 4
     bound = 2 * query.nbytes + key.nbytes + value.nbytes + together + scores + rows
     assert bound < 4 * query.shape[1] * 1024 * 1024 * 4 / 3  # a third of one score matrix
     assert peak_bytes(step, held) <= bound
@@ -424,26 +425,26 @@ def test_a_mask_without_versions_is_read_every_time():
 
 def test_the_plans_keep_no_mask_alive():
     gc.collect()
-    before = len(attention._PLANS)
+    before = len(attention_plan._PLANS)
     mask = triangle(13, 13)
     out = blockwise_attention(*operands(), mask, scale=0.3, causal=False)
-    assert len(attention._PLANS) == before + 1
+    assert len(attention_plan._PLANS) == before + 1
     end = weakref.ref(mask.untyped_storage())
     del out, mask
     assert end() is None
-    assert len(attention._PLANS) == before
+    assert len(attention_plan._PLANS) == before
 
 
 @pytest.fixture
 def plans(monkeypatch):
     """The plans of blocks of 128 queries."""
-    monkeypatch.setattr(attention, "QUERIES", 128)
+    monkeypatch.setattr(attention_plan, "QUERIES", 128)
     return _plans
 
 
 def _plans(mask, length=512, causal=False):
     query, key = torch.empty(2, 1, length, 4), torch.empty(2, 1, length, 4)
-    return attention._plans(query, key, mask, causal)
+    return attention_plan.plans_of(query, key, mask, causal)
 
 
 def spans(plan):

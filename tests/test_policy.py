@@ -76,7 +76,7 @@ def test_layer_ranges_include_both_ends(layers, name, matches):
     assert Rule(kind="norm", codec=Exact(), layers=layers).matches(Site(kind="norm", name=name)) is matches
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in (*REGIONS, "stream")])
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in (*REGIONS, "stream", "attention_output")])
 def test_presets(kind):
     site = Site(kind=kind, name="layers.0.x")
     assert preset("exact").codec(site) == Exact()
@@ -92,13 +92,15 @@ def test_presets_of_regions(name, kind):
     acts = {"layer": ("layer", "sublayer"), "sublayer": ("sublayer",)}.get(name, ())
     site = Site(kind=kind, name="layers.0.x")
     policy = preset(name)
-    streams = name in ("balanced", "smallest")
+    streams = name in ("balanced", "fast", "smallest")
     if streams and kind == "sublayer":
         assert policy.codec(site) == Exact()  # its input is rebuilt from the stream
     elif kind == "stream":
-        bits = {"balanced": 8, "smallest": 5}.get(name)
+        bits = {"balanced": 8, "fast": 8, "smallest": 5}.get(name)
         expected = None if bits is None else Quantized(bits=bits, scale="channel", outliers=16)
         assert policy.codec(site) == expected
+    elif kind == "attention_output":
+        assert policy.codec(site) == (Quantized(bits=8) if name == "fast" else None)
     elif kind in REGIONS:
         assert policy.codec(site) == (LowRank(rank=0.125) if kind in acts else None)
     else:

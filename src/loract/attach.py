@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import threading
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -13,17 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loract.arguments import Draws, activations, arguments, without_empty_cache
-from loract.attention import ATTENTION, register
+from loract.arguments import Draws, Rebuild, activations, arguments, without_empty_cache
+from loract.attention import ATTENTION, Coding, Keeping, register
 from loract.blocks import RegionRole, find_regions
-from loract.codecs import Exact, Packed
+from loract.codecs import Codec, Exact, Packed
 from loract.errors import LoractError, Uncopied, UnsupportedModule
 from loract.functions.adapter import adapter_product
 from loract.functions.base import Autocast
 from loract.functions.checkpoint import Rerun, checkpoint
 from loract.functions.gated import GatedCall, gated
 from loract.functions.norm import NormCall, norm, normalised
-from loract.policy import REGIONS, Policy, as_policy
+from loract.policy import REGIONS, Policy, Site, as_policy
 from loract.recognize import (
     ActivationRole,
     AdapterRole,
@@ -86,14 +87,7 @@ class Handle(Uncopied):
                 if item.site.kind not in REGIONS:
                     self._leave(item, "no rule of the policy")
                 continue
-            site = RunningSite(
-                site=item.site,
-                codec=codec,
-                again=self.policy.recompute_codec(item.site),
-                seed=self.seed,
-                index=self.index,
-                ledger=self.ledger,
-            )
+            site = self._running(item.site, codec)
             undone = len(self._undo)
             expected = _observe(item)
             _PATCHES[type(item.role)](self, item, site)
@@ -111,6 +105,16 @@ class Handle(Uncopied):
                 "a model with LoRA adapters, norms or gated blocks",
                 "add adapters first (peft.get_peft_model), or see handle.left on a part of the model",
             )
+
+    def _running(self, site: Site, codec: Codec) -> RunningSite:
+        return RunningSite(
+            site=site,
+            codec=codec,
+            again=self.policy.recompute_codec(site),
+            seed=self.seed,
+            index=self.index,
+            ledger=self.ledger,
+        )
 
     def _streamed(self, item: Found) -> Found:
         """A norm as a site of the residual stream, if the policy has a rule for it there."""
@@ -323,6 +327,7 @@ class Handle(Uncopied):
             self._set(linear, "forward", region.linear(linear))
         for layer in role.adapted:
             self._set(layer, "forward", region.adapted(layer))
+        outputs = self._outputs_of(item)
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             inert = self.ledger.recomputing and site.again is None
@@ -343,8 +348,15 @@ class Handle(Uncopied):
             site.begin(0)
             known = {id(t): site.share(t) for t in coded}
             site.keep(*(t for t in tensors if id(t) not in known))
+            kept: list[Packed] = []
+
+            def values(tensors: Sequence[Tensor]) -> tuple[list[Tensor], Rebuild]:
+                with nullcontext() if outputs is None else Keeping(partial(_attention_output, outputs), kept):
+                    return region.values(rebuild, tensors)
+
             rerun = Rerun(
-                values=partial(region.values, rebuild),
+                values=values,
+                kept=kept,
                 again=region.again(rebuild, Draws.now(tensors), Autocast.of(tensors[0]), verdict.unread),
                 operands=tuple(known.get(id(t)) or Exact().encode(t) for t in tensors),
                 differentiable=verdict.differentiable,
@@ -358,6 +370,15 @@ class Handle(Uncopied):
 
         self._set(module, "forward", forward)
 
+    def _outputs_of(self, item: Found) -> RunningSite | None:
+        """The site of attention's outputs in a region, if the policy has a rule for them."""
+        site = Site(kind="attention_output", name=item.site.name)
+        codec = self.policy.codec(site)
+        if codec is None:
+            return None
+        self.sites.append(self._running(site, codec))
+        return self.sites[-1]
+
     def _coded(self, site: RunningSite, x: Tensor) -> bool:
         """Whether x would come back other than it is."""
         packed = self.index.get(x)
@@ -369,12 +390,35 @@ class Handle(Uncopied):
             self.left.append(entry)
 
     def _patch_attention(self, item: Found, site: RunningSite) -> None:
-        register()
-        config = copy.copy(item.module.config)
-        # The copy reaches this module alone: masks are made by the model from its own config, which stays "sdpa".
-        object.__setattr__(config, "_attn_implementation_internal", ATTENTION)
-        self._set(item.module, "config", config)
-        self._set(item.module, "_loract_site", site)
+        names = [f"{item.site.name}.{part}" for part in ("query", "key", "value")]
+        parts = (
+            ()
+            if isinstance(site.codec, Exact)
+            else tuple(self._running(replace(item.site, name=n), site.codec) for n in names)
+        )
+        self.sites += parts
+        if item.role.registry:
+            register()
+            config = copy.copy(item.module.config)
+            # The copy reaches this module alone: masks are made by the model from its own config, which stays "sdpa".
+            object.__setattr__(config, "_attn_implementation_internal", ATTENTION)
+            self._set(item.module, "config", config)
+            self._set(item.module, "_loract_attention", (site, parts))
+            return
+        original = item.module.forward
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if self.ledger.recomputing or not torch.is_grad_enabled():
+                return original(*args, **kwargs)
+            with Coding(site, parts):
+                return original(*args, **kwargs)
+
+        self._set(item.module, "forward", forward)
+
+
+def _attention_output(site: RunningSite, x: Tensor) -> Packed:
+    site.begin(x.numel() * x.element_size())
+    return site.encode(x)
 
 
 def _observe(item: Found) -> list[Tensor]:

@@ -1,19 +1,182 @@
-"""Scaled dot product attention through transformers' registry, keeping what it saves without duplicates."""
+"""How attached models run scaled dot product attention: coded, in blocks, or with what it saves freed of duplicates.
+
+A call is met where torch is called, by a mode, so that every way of writing attention looks the same. transformers
+repeats grouped heads before it calls torch; through its registry they are seen before that.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections import deque
+from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 
+from loract.codecs import Packed
+from loract.functions.attention import blockwise_attention, canonical, heads, supports
+from loract.functions.base import Forward
 from loract.saved import RunningSite
 
 ATTENTION = "loract_sdpa"
 """Name in transformers' attention registry; modules reach it through a copy of their config."""
+SHORTEST = 256
+"""Queries below which torch's own kernel is as fast as blocks."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Call:
+    """The arguments of one scaled dot product attention."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Tensor | None
+    dropout_p: float
+    causal: bool
+    scale: float | None
+    grouped: bool
+
+    @classmethod
+    def of(
+        cls,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Call:
+        """From torch's own signature."""
+        return cls(
+            query=query,
+            key=key,
+            value=value,
+            mask=attn_mask,
+            dropout_p=dropout_p,
+            causal=is_causal,
+            scale=scale,
+            grouped=enable_gqa,
+        )
+
+    @property
+    def supported(self) -> bool:
+        """Whether `blockwise_attention` takes it."""
+        exclusive = not self.causal or self.mask is None
+        return exclusive and supports(self.query, self.key, self.value, self.mask, self.dropout_p)
+
+    @property
+    def in_blocks(self) -> bool:
+        """Whether blocks are the faster way to run it."""
+        return self.query.is_cpu and self.query.shape[2] >= SHORTEST and self.supported
+
+    def blockwise(self, *, packed: Iterable[Packed] | None = None, forward: Forward | None = None) -> Tensor:
+        """The output, keeping q, k and v or what is packed for them; `forward` gives it where bits matter."""
+        scale = self.query.shape[-1] ** -0.5 if self.scale is None else self.scale
+        return blockwise_attention(
+            self.query,
+            self.key,
+            self.value,
+            self.mask,
+            scale=scale,
+            causal=self.causal,
+            packed=None if packed is None else tuple(packed),
+            forward=forward,
+        )
+
+    def plain(self) -> Tensor:
+        """Torch's own output."""
+        grouped = self.grouped or self.query.shape[1] != self.key.shape[1]
+        return functional.scaled_dot_product_attention(
+            self.query,
+            self.key,
+            self.value,
+            self.mask,
+            self.dropout_p,
+            self.causal,
+            scale=self.scale,
+            enable_gqa=grouped,
+        )
+
+
+class _Meeting(TorchFunctionMode):
+    """While active, scaled dot product attention is given to `meet`."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not functional.scaled_dot_product_attention:
+            return func(*args, **(kwargs or {}))
+        return self.meet(Call.of(*args, **(kwargs or {})))
+
+    def meet(self, call: Call) -> Tensor:
+        raise NotImplementedError
+
+
+class Keeping(_Meeting):
+    """For the first run of a region: keeps each output of attention, packed by `encode`, in the order of the calls.
+
+    Only where a second run does not need the output to get at the gradient, which torch's kernels elsewhere do.
+    """
+
+    def __init__(self, encode: Callable[[Tensor], Packed], kept: list[Packed]) -> None:
+        super().__init__()
+        self.encode, self.kept = encode, kept
+
+    def meet(self, call: Call) -> Tensor:
+        """Torch's output, packed as well."""
+        out = call.plain()
+        if call.in_blocks:
+            self.kept.append(self.encode(canonical(out)))
+        return out
+
+
+class Blockwise(_Meeting):
+    """For the second run: in blocks on CPU, grouped heads never repeated, no output that was kept computed again."""
+
+    def __init__(self, kept: Iterable[Packed] = ()) -> None:
+        super().__init__()
+        self.kept = deque(kept)
+
+    def meet(self, call: Call) -> Tensor:
+        """The output, computed or kept."""
+        if not call.in_blocks:
+            return call.plain()
+        if not self.kept:
+            return call.blockwise()
+        packed = self.kept.popleft()
+        shape = torch.Size((*call.query.shape[:3], call.value.shape[3]))
+        return call.blockwise(forward=lambda: heads(packed.read(), shape).to(call.query.dtype))
+
+
+class Coding(_Meeting):
+    """Keeps q, k and v as the `sites` for them say; without sites, what torch saves, freed of duplicates."""
+
+    def __init__(self, site: RunningSite, sites: tuple[RunningSite, ...], forward: Forward | None = None) -> None:
+        """`forward` gives the output in place of torch."""
+        super().__init__()
+        self.site, self.sites, self.forward = site, sites, forward
+
+    def meet(self, call: Call) -> Tensor:
+        """Torch's output, with another memory."""
+        forward = self.forward or call.plain
+        if not torch.is_grad_enabled() or not any(t.requires_grad for t in (call.query, call.key, call.value)):
+            return forward()
+        operands = [canonical(t) for t in (call.query, call.key, call.value)]
+        lossy = any(site.lossy(x) for site, x in zip(self.sites, operands, strict=False))
+        if not lossy or not call.supported:
+            with attention_hooks(self.site, call.key, call.value, call.mask):
+                return forward()
+        packed: list[Packed] = []
+        for site, x in zip(self.sites, operands, strict=True):
+            site.begin(x.numel() * x.element_size())
+            packed.append(site.share(x))
+        return call.blockwise(packed=packed, forward=forward)
 
 
 def register() -> None:
@@ -25,14 +188,22 @@ def register() -> None:
     inner = ALL_ATTENTION_FUNCTIONS["sdpa"]
 
     def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kw: Any) -> Any:
-        site = getattr(module, "_loract_site", None)
-        if site is not None and site.ledger.recomputing and not site.ledger.trying and query.is_cpu:
-            # `Blockwise` reads grouped heads as they are; with one group the function does not repeat them.
-            module = cast(Any, SimpleNamespace(is_causal=getattr(module, "is_causal", True)))
-        if site is None or not torch.is_grad_enabled() or not query.requires_grad or site.ledger.recomputing:
+        site: RunningSite | None
+        site, parts = getattr(module, "_loract_attention", (None, ()))
+        # With one group the function does not repeat heads.
+        grouped = cast(Any, SimpleNamespace(is_causal=getattr(module, "is_causal", True)))
+        if site is None or site.ledger.trying:
             return inner(module, query, key, value, mask, **kw)
-        with attention_hooks(site, key, value, mask):
+        if site.ledger.recomputing:
+            return inner(grouped if query.is_cpu else module, query, key, value, mask, **kw)
+        if not torch.is_grad_enabled() or not query.requires_grad:
             return inner(module, query, key, value, mask, **kw)
+
+        def forward() -> Tensor:
+            return inner(module, query, key, value, mask, **kw)[0].transpose(1, 2)
+
+        with Coding(site, parts, forward):
+            return inner(grouped, query, key, value, mask, **kw)
 
     ALL_ATTENTION_FUNCTIONS.register(ATTENTION, attention)
 

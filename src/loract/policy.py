@@ -10,8 +10,9 @@ from typing import Literal, get_args
 from loract.codecs import Codec, Exact, LowRank, Quantized
 from loract.errors import InvalidSpec, nearest
 
-Kind = Literal["adapter_input", "norm", "stream", "gated", "attention", "sublayer", "layer"]
-"""`stream` is a norm's input as a step of the residual stream; where a rule for it matches it goes before `norm`."""
+Kind = Literal["adapter_input", "norm", "stream", "gated", "attention", "attention_output", "sublayer", "layer"]
+"""`stream` is a norm's input as a step of the residual stream; where a rule for it matches it goes before `norm`.
+`attention_output` is what attention gives inside a region that runs again, which then does not compute it again."""
 KINDS: tuple[Kind, ...] = get_args(Kind)
 REGIONS: tuple[Kind, ...] = ("sublayer", "layer")
 """Kinds whose site keeps the inputs of a module and runs the module again in backward."""
@@ -89,7 +90,7 @@ class Policy:
         return next((rule.codec for rule in rules if rule.matches(site)), None)
 
 
-PRESETS = ("exact", "tensor", "sublayer", "layer", "balanced", "smallest")
+PRESETS = ("exact", "tensor", "sublayer", "layer", "balanced", "fast", "smallest")
 
 
 def preset(name: str, *, rank: int | float | None = None, codec: Codec | None = None) -> Policy:
@@ -126,7 +127,7 @@ def preset(name: str, *, rank: int | float | None = None, codec: Codec | None = 
     return Policy(name=name, rules=(*rules, Rule(kind="attention", codec=Exact())))
 
 
-def _streamed(name: str, step: Quantized) -> Policy:
+def _streamed(name: str, step: Quantized, *others: Rule) -> Policy:
     """The residual stream in coded steps, and sublayers that run again from it."""
     byte = Quantized(bits=8)
     kinds: tuple[tuple[Kind, Codec], ...] = (
@@ -137,11 +138,16 @@ def _streamed(name: str, step: Quantized) -> Policy:
         ("gated", byte),
         ("attention", Exact()),
     )
-    return Policy(name=name, rules=tuple(Rule(kind=kind, codec=codec) for kind, codec in kinds))
+    return Policy(name=name, rules=(*(Rule(kind=kind, codec=codec) for kind, codec in kinds), *others))
 
 
 _STREAMED = {
     "balanced": _streamed("balanced", Quantized(bits=8, scale="channel", outliers=16)),
+    "fast": _streamed(
+        "fast",
+        Quantized(bits=8, scale="channel", outliers=16),
+        Rule(kind="attention_output", codec=Quantized(bits=8)),
+    ),
     "smallest": _streamed("smallest", Quantized(bits=5, scale="channel", outliers=16)),
 }
 

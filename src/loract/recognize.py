@@ -55,7 +55,10 @@ class ActivationRole:
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionRole:
-    """A module that calls transformers' attention interface with scaled dot product attention."""
+    """A module that calls scaled dot product attention."""
+
+    registry: bool
+    """Whether through transformers' attention interface."""
 
 
 @dataclass(kw_only=True)
@@ -218,12 +221,13 @@ def find_activation(module: nn.Module) -> ActivationRole | None:
 
 
 def find_attention(module: nn.Module) -> AttentionRole | None:
-    """A module whose forward asks transformers' registry for its attention, set to SDPA."""
-    config = getattr(module, "config", None)
-    if getattr(config, "_attn_implementation", None) != "sdpa":
-        return None
+    """A module whose forward asks transformers' registry for its attention, set to SDPA, or calls torch's itself."""
     code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
-    return AttentionRole() if code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names else None
+    names = () if code is None else code.co_names
+    if "ALL_ATTENTION_FUNCTIONS" in names:
+        own = getattr(getattr(module, "config", None), "_attn_implementation", None)
+        return AttentionRole(registry=True) if own == "sdpa" else None
+    return AttentionRole(registry=False) if "scaled_dot_product_attention" in names else None
 
 
 _FINDERS: tuple[tuple[Kind, Callable[[nn.Module], Any]], ...] = (

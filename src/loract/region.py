@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from loract.arguments import Draws, Parts, Rebuild, Rest, parts
+from loract.attention import Blockwise
 from loract.codecs.base import Packed
 from loract.functions.adapted import adapted_linear, in_place, merge, single_adapter
-from loract.functions.attention import Blockwise
 from loract.functions.base import Autocast
 from loract.functions.checkpoint import TOKENS, Again
 from loract.functions.linear import dense_weight, supplied_linear
@@ -83,11 +83,13 @@ class Region:
     def again(self, rebuild: Rebuild, draws: Draws, autocast: Autocast, unread: frozenset[int]) -> Again:
         """How to run the module a second time with a graph; see `Rerun.again`."""
 
-        def run(inputs: Sequence[Tensor], packed: Sequence[Packed], skip: bool) -> tuple[list[Tensor], list[Tensor]]:
+        def run(
+            inputs: Sequence[Tensor], packed: Sequence[Packed], kept: Sequence[Packed], skip: bool
+        ) -> tuple[list[Tensor], list[Tensor]]:
             for leaf, p in zip(inputs, packed, strict=True):
                 if p.factored:
                     self.index.put(leaf, p)
-            routing = _Routing(unread=unread if skip else frozenset(), merged=merged)
+            routing = _Routing(unread=unread if skip else frozenset(), merged=merged, kept=tuple(kept))
             return self._rerun(inputs, rebuild, draws, autocast, routing)
 
         merged: dict[int, Tensor] = {}
@@ -97,7 +99,7 @@ class Region:
         self, inputs: Sequence[Tensor], rebuild: Rebuild, draws: Draws, autocast: Autocast, routing: _Routing
     ) -> tuple[list[Tensor], list[Tensor]]:
         trial = routing.watch is not None
-        attention = nullcontext() if trial else Blockwise()
+        attention = nullcontext() if trial else Blockwise(routing.kept)
         recomputing = self.ledger.recompute(trial=trial)
         with self._lock, self._aliased() as aliases, draws.replayed(), recomputing, attention, torch.enable_grad():
             self._thread.routing, before = routing, self._routing
@@ -274,6 +276,8 @@ class _Routing:
 
     unread: frozenset[int] = frozenset()
     watch: Watch | None = None
+    kept: tuple[Packed, ...] = ()
+    """Outputs of attention from the first run."""
     merged: dict[int, Tensor] = field(default_factory=lambda: dict[int, Tensor]())
     """Weights of adapted linear maps, by id of the base: made once for all tokens of one backward."""
 

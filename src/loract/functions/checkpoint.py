@@ -28,7 +28,7 @@ TOKENS = 1024
 class Again:
     """How to run the module a second time; see `Rerun.again`. `release` drops what its runs share."""
 
-    run: Callable[[Leaves, Sequence[Packed], bool], tuple[list[Tensor], list[Tensor]]]
+    run: Callable[[Leaves, Sequence[Packed], Sequence[Packed], bool], tuple[list[Tensor], list[Tensor]]]
     release: Callable[[], None]
 
 
@@ -37,9 +37,9 @@ class Rerun:
     """One call of a region: how to run it, its packed inputs, and afterwards what stands for each output.
 
     `values(tensors)` runs the module as it is: the tensors that it returns, and how to put others in their places.
-    `again.run(inputs, packed, unread)` runs it with a graph from leaves, given
-    what is packed for each, and returns its outputs and the aliases of the trainable parameters; with `unread` it
-    may leave out values that no gradient depends on, the outputs' among them.
+    `again.run(inputs, packed, kept, unread)` runs it with a graph from leaves, given what is packed for each and what
+    the first run has `kept` on its way, and returns its outputs and the aliases of the trainable parameters; with
+    `unread` it may leave out values that no gradient depends on, the outputs' among them.
     """
 
     values: Callable[[Leaves], tuple[list[Tensor], Callable[[Leaves], Any]]]
@@ -49,6 +49,8 @@ class Rerun:
     """Which outputs have a gradient."""
     by_token: bool
     """Whether the module acts on every token by itself: backward may then take some at a time."""
+    kept: list[Packed] = field(default_factory=lambda: list[Packed]())
+    """Values inside the module that the first run packs. They may be lossy: gradients read them, outputs never."""
     remake: Callable[[Leaves], Any] | None = None
     outputs: list[tuple[Tensor, Packed]] = field(default_factory=lambda: list[tuple[Tensor, Packed]]())
 
@@ -71,15 +73,19 @@ class _Graph:
     by_token: bool
     memo: Memo
 
-    def get(self, operands: Sequence[Packed]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    def get(
+        self, operands: Sequence[Packed], kept: Sequence[Packed] = ()
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """Inputs (leaves), outputs, and aliases of the trainable parameters."""
-        return self.memo.get(lambda: self._rebuild(operands))  # type: ignore[return-value]
+        return self.memo.get(lambda: self._rebuild(operands, kept))  # type: ignore[return-value]
 
-    def _rebuild(self, operands: Sequence[Packed]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    def _rebuild(
+        self, operands: Sequence[Packed], kept: Sequence[Packed]
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         inputs = [
             _dense(p, shape).detach().requires_grad_(grad) for p, (shape, grad) in zip(operands, self.like, strict=True)
         ]
-        outputs, aliases = self.again.run(inputs, operands, not self.read)
+        outputs, aliases = self.again.run(inputs, operands, () if self.read else kept, not self.read)
         self.again.release()
         return inputs, outputs, aliases
 
@@ -88,11 +94,13 @@ class _Graph:
         """Whether somebody else reads an output."""
         return self.memo.readers > 1
 
-    def gradients(self, operands: Sequence[Packed], grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+    def gradients(
+        self, operands: Sequence[Packed], kept: Sequence[Packed], grads: Sequence[Tensor | None]
+    ) -> list[Tensor | None]:
         """Gradients of the inputs and of the trainable parameters."""
         if self.by_token and not self.read and grads[0] is not None:
             return self._by_token(operands[0], grads[0])
-        inputs, outputs, aliases = self.get(operands)
+        inputs, outputs, aliases = self.get(operands, kept)
         return _gradients(outputs, grads, [*inputs, *aliases], retain=self.memo.kept)
 
     def _by_token(self, packed: Packed, grad: Tensor) -> list[Tensor | None]:
@@ -106,7 +114,7 @@ class _Graph:
             part = slice(start, start + TOKENS)
             rows = packed.rows(part) if dense is None else packed
             leaf = (rows.decode() if dense is None else dense[part])[None].detach().requires_grad_(wanted)
-            outputs, aliases = self.again.run([leaf], [rows], True)
+            outputs, aliases = self.again.run([leaf], [rows], (), True)
             upstream = grad[part].reshape(outputs[0].shape)
             grad_leaf, *others = _gradients(outputs, [upstream], [leaf, *aliases], retain=False)
             del outputs  # with its graph, before the next part is run
@@ -131,13 +139,14 @@ class _Checkpoint(Function):
         like = tuple((t.shape, t.requires_grad) for t in inputs)
         ctx.graph = graph = _Graph(again=rerun.again, like=like, by_token=rerun.by_token, memo=Memo())
         graph.memo.reserve()
-        for packed in rerun.operands:
+        for packed in (*rerun.operands, *rerun.kept):
             packed.reserve()
         for i, out in enumerate(outputs):
             shape, memo = tokens_features(out), Memo(graph.memo)
             packed = Recomputed(inputs=rerun.operands, function=graph.value(i), shape=shape, dtype=out.dtype, memo=memo)
             rerun.outputs.append((out, packed))
-        save(ctx, rerun.operands)
+        save(ctx, (*rerun.operands, *rerun.kept))
+        ctx.count = len(rerun.operands)
         ctx.mark_non_differentiable(*(out for out, grad in zip(outputs, rerun.differentiable, strict=True) if not grad))
         return tuple(outputs)
 
@@ -146,8 +155,8 @@ class _Checkpoint(Function):
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride] (the decorator hides the names)
         ctx: Any, *grads: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        operands, _ = load(ctx)
-        return None, None, *ctx.graph.gradients(operands, grads)
+        packed, _ = load(ctx)
+        return None, None, *ctx.graph.gradients(packed[: ctx.count], packed[ctx.count :], grads)
 
 
 def _gradients(outputs: Leaves, grads: Sequence[Tensor | None], leaves: Leaves, *, retain: bool) -> list[Tensor | None]:

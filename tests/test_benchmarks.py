@@ -1,0 +1,241 @@
+"""The study scripts on a tiny random model: records, tables, and nothing measured twice."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from causal import causal
+from loract import InvalidSpec
+from loract.codecs import LowRank
+from loract.compare import contend
+from loract.frontier import Journal, methods
+from loract.workload import Workload
+
+FOLDER = Path(__file__).parent.parent / "benchmarks"
+
+
+def script(name):
+    """By its path: `training` and `codecs` are names of other modules too."""
+    spec = importlib.util.spec_from_file_location(f"benchmarks_{name}", FOLDER / f"{name}.py")
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look there
+    spec.loader.exec_module(module)
+    return module
+
+
+training, codecs = script("training"), script("codecs")
+
+
+def characters(text, **_):
+    return {"input_ids": [3 + ord(c) % 94 for c in text]}
+
+
+def work(length=32, train=12, held_out=1, dtype=torch.float32):
+    model = causal("gemma3", dtype=dtype)
+    ids = torch.randint(3, 97, (train + held_out, length), generator=torch.Generator().manual_seed(1))
+    head = model.get_base_model().get_output_embeddings().weight.detach()
+    return Workload(model=model, head=head, train=ids[:train], held_out=ids[train:])
+
+
+def tiny(dtype):
+    return work(dtype=dtype), characters
+
+
+def unneeded(*_, **__):
+    raise AssertionError("loaded again")
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / "records.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    out = tmp_path_factory.mktemp("training")
+    sizes = ("--steps", "2", "--length", "32", "--held-out", "3", "--dtype", "fp32")
+    arguments = (*sizes, "--methods", "loract balanced", "loract sublayer 1/8", "--out", str(out))
+    training.main(arguments, tiny)
+    return out, arguments
+
+
+def test_every_run_is_a_line(trained):
+    found = lines(trained[0])
+    runs = {(row["dataset"], row["seed"], row["method"]) for row in found}
+    names = ("LoRA", "loract balanced", "loract sublayer 1/8")
+    assert runs == {(d, s, m) for d in ("code", "prose") for s in (0, 1) for m in names}
+    assert len(found) == len(runs) == 12
+    for row in found:
+        assert len(row["values"]["losses"]) == row["steps"] == 2
+        assert row["values"]["step_seconds"] > 0
+        assert row["values"]["held_out_after"] != row["values"]["held_out_before"] > 0
+
+
+def test_methods_share_start_and_blocks_and_seeds_do_not(trained):
+    found = {(row["dataset"], row["seed"], row["method"]): row["values"] for row in lines(trained[0])}
+    for dataset in ("code", "prose"):
+        before = {values["held_out_before"] for key, values in found.items() if key[0] == dataset}
+        assert len(before) == 1
+        for seed in (0, 1):
+            first = {values["losses"][0] for key, values in found.items() if key[:2] == (dataset, seed)}
+            assert len(first) == 1  # forward values are the plain model's
+        assert found[dataset, 0, "LoRA"]["losses"] != found[dataset, 1, "LoRA"]["losses"]
+
+
+def test_training_reruns_only_what_is_missing(trained, tmp_path):
+    out, arguments = trained
+    kept = (out / "records.jsonl").read_text().splitlines(keepends=True)
+    again = (*arguments[:-1], str(tmp_path))
+    (tmp_path / "records.jsonl").write_text("".join(kept[:5] + kept[6:]) + '{"model"')  # killed while it wrote
+    training.main(again, tiny)
+    found = lines(tmp_path)
+    assert len(found) == 12
+    lost, measured = json.loads(kept[5]), found[-1]
+    lost["values"].pop("step_seconds")
+    measured["values"].pop("step_seconds")
+    assert measured == lost  # a run depends on its seed alone and not on the runs before it
+    before = (tmp_path / "table.md").read_text()
+    training.main(again, unneeded)
+    assert (tmp_path / "table.md").read_text() == before
+
+
+def test_the_training_table_compares_with_lora(trained, capsys):
+    out, arguments = trained
+    training.main(arguments, unneeded)
+    table = (out / "table.md").read_text()
+    assert table.strip() in capsys.readouterr().out
+    header, _, *rows = (line.strip("| \n").split(" | ") for line in table.splitlines() if line.startswith("|"))
+    assert header == ["data", "method", "seed 0", "seed 1", "mean", "against LoRA", "step s"]
+    assert [row[:2] for row in rows[:2]] == [["code", "LoRA"], ["code", "loract balanced"]]
+    by_seed = {row["seed"]: row["values"]["held_out_after"] for row in lines(out)[:6] if row["method"] == "LoRA"}
+    mean = sum(by_seed.values()) / 2
+    assert rows[0][2:6] == [f"{by_seed[0]:.4f}", f"{by_seed[1]:.4f}", f"{mean:.4f}", "-"]
+    assert float(rows[1][5].removesuffix(" %")) == pytest.approx(100 * (float(rows[1][4]) / mean - 1), abs=0.01)
+    assert f"LoRA's seeds differ by {abs(by_seed[0] - by_seed[1]):.4f}" in table
+
+
+def test_adapters_follow_the_seed_and_start_at_zero():
+    model = work().model
+    state = torch.random.get_rng_state()
+    found = []
+    for seed in (0, 1, 0):
+        training.reset_adapters(model, seed)
+        twin = contend(model, methods(["LoRA"])[0]).model
+        found.append({n: p.detach().clone() for n, p in twin.named_parameters() if p.requires_grad})
+    assert torch.equal(torch.random.get_rng_state(), state)
+    for name, first in found[0].items():
+        assert torch.equal(first, found[2][name])
+        assert torch.equal(first, found[1][name]) is ("lora_B" in name)
+        assert bool(first.any()) is ("lora_A" in name)
+
+
+def test_held_out_losses_are_finer_than_bf16():
+    narrow = work(held_out=4, dtype=torch.bfloat16)
+    found = training.held_out_loss(narrow, narrow.model)
+    with torch.no_grad():
+        logits = narrow.hidden(narrow.model.eval(), narrow.held_out).float() @ narrow.head.float().T
+    expected = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), narrow.held_out[:, 1:].flatten())
+    assert found == pytest.approx(float(expected), rel=1e-3)
+    assert float(torch.tensor(found).bfloat16()) != found
+
+
+def test_prose_is_no_code_and_its_splits_are_disjoint():
+    train, held_out = "\n".join(training.prose("train")), list(training.prose("held_out"))
+    assert len(train) > 5 * sum(map(len, held_out)) > 200_000
+    assert train.startswith("Record of phased-in incompatible language changes.")
+    assert "\nimport " not in "".join(held_out)
+    assert not any(text in train for text in held_out)
+
+
+def test_held_out_blocks_come_from_everywhere():
+    rows = torch.arange(100)[:, None]
+    assert training.spread(rows, 4).flatten().tolist() == [0, 25, 50, 75]
+    with pytest.raises(InvalidSpec.__base__, match="--held-out"):
+        training.spread(rows, 101)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--datasets", "cod"), "did you mean 'code'"),
+        (("--methods", "loract balance"), "did you mean 'loract balanced'"),
+        (("--methods", "torch.compile, half the activations"), "uncompiled"),
+        (("--steps", "0"), "raise --steps"),
+    ],
+)
+def test_mistakes_say_so(tmp_path, arguments, message):
+    with pytest.raises(InvalidSpec, match=message):
+        training.main((*arguments, "--out", str(tmp_path)), unneeded)
+    with pytest.raises(InvalidSpec, match="did you mean 'norm'"):
+        codecs.main(("--kinds", "nrm", "--out", str(tmp_path)), unneeded)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture(scope="module")
+def coded(tmp_path_factory):
+    out = tmp_path_factory.mktemp("codecs")
+    arguments = ("--batch", "4", "--length", "64", "--out", str(out))
+    codecs.main(arguments, work)
+    return out, arguments
+
+
+def test_rivals_stay_within_low_ranks_bytes(coded):
+    found = lines(coded[0])
+    assert len(found) == 12
+    by_kind = {}
+    for row in found:
+        kind, codec = row["method"].split(", ")
+        by_kind.setdefault(kind, {})[codec] = row
+    assert set(by_kind) == set(codecs.SITES)
+    for rows in by_kind.values():
+        budget = rows["LowRank"]["values"]["bytes"]
+        assert rows["LowRank"]["values"]["relative_error"] > 0
+        for name in ("Transform", "Quantized"):
+            assert rows[name]["budget"] == budget
+            if rows[name]["values"]["bits"] is not None:
+                assert 0 < rows[name]["values"]["bytes"] <= budget
+                assert 0 < rows[name]["values"]["cosine"] <= 1
+        assert rows["Transform"]["values"]["bits"] is not None
+
+
+def test_bytes_are_those_of_the_factors(coded):
+    by_method = {row["method"]: row["values"]["bytes"] for row in lines(coded[0])}
+    tokens, layers, rank = 4 * 64, 2, 8
+    hidden, inner = 4 * rank * (tokens + 64), 4 * 2 * rank * (tokens + 128)
+    # q, k and v read one tensor, o another, gate and up one, down one of twice the width
+    assert by_method["adapter_input, LowRank"] == layers * (3 * hidden + inner)
+    assert by_method["gated, LowRank"] == layers * 2 * inner
+
+
+def test_codecs_reruns_only_what_is_missing(coded, tmp_path, capsys):
+    out, (*arguments, _) = coded
+    kept = (out / "records.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "records.jsonl").write_text("".join(kept[:-1]))
+    codecs.main((*arguments, str(tmp_path)), work)
+    found = lines(tmp_path)
+    assert len(found) == 12
+    assert found[-1] == json.loads(kept[-1])
+    capsys.readouterr()
+    codecs.main((*arguments, str(tmp_path)), unneeded)
+    table = (tmp_path / "table.md").read_text()
+    assert table == (out / "table.md").read_text()
+    assert table.strip() in capsys.readouterr().out
+    assert [line.split(" | ")[0] for line in table.splitlines()[2:]] == [f"| {kind}" for kind in codecs.SITES]
+
+
+def test_a_missing_reference_makes_all_three_missing(tmp_path):
+    assert codecs.Study(kinds=("norm",)).missing(Journal(tmp_path / "records.jsonl")) == 3
+    study = codecs.Study(kinds=("norm",), rank=1 / 4)
+    assert study.reference("norm") != codecs.Study(kinds=("norm",)).reference("norm")
+    assert study.reference("norm") == study.key(codecs.only("norm", LowRank(rank=1 / 4)))
+
+
+@pytest.mark.parametrize("first", [1, 5, 20])
+@pytest.mark.parametrize("offset", [0, 30])
+def test_the_search_finds_the_largest(first, offset):
+    family = codecs.Family(name="any", make=lambda n: LowRank(rank=n), top=20, first=first)
+    for budget in range(250):
+        best = max((n for n in range(1, 21) if 10 * n + offset <= budget), default=0)
+        assert codecs.largest(lambda n: 10 * n + offset, budget, family) == best
