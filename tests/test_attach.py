@@ -130,3 +130,12 @@ def test_audit_restores_and_reports():
     assert fidelity.cosine > 1 - 1e-6
     assert {0, 1} <= set(fidelity.by_layer)
     assert torch.equal(gradients(model), before)
+
+
+@pytest.mark.parametrize("codec", [loract.Transform(bits=4, guard=False), loract.LowRank(tolerance=0.1, guard=False)])
+def test_probes_teach_the_sites_nothing(codec):
+    model, _ = build("llama")
+    with loract.attach(model, loract.preset("tensor", codec=codec)) as handle:
+        for site in handle.sites:
+            assert (site.step, site.state.rank, site.state.memory, site.report().error) == (0, None, {}, None)
+            assert site.state.spectrum.wait() is None

@@ -22,6 +22,7 @@ ORDER = [
     "functions",
     "saved",
     "stream",
+    "others",
     "attention",
     "recognize",
     "blocks",

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from loract.arguments import Draws, Rebuild, activations, arguments, without_empty_cache
 from loract.attention import ATTENTION, Coding, Keeping, register
-from loract.blocks import RegionRole, find_regions
+from loract.blocks import BlockRole, RegionRole, find_regions
 from loract.codecs import Codec, Exact, Packed
 from loract.errors import LoractError, Uncopied, UnsupportedModule
 from loract.functions.adapter import adapter_product
@@ -24,7 +24,8 @@ from loract.functions.base import Autocast
 from loract.functions.checkpoint import Rerun, checkpoint
 from loract.functions.gated import GatedCall, gated
 from loract.functions.norm import NormCall, norm, normalised
-from loract.policy import REGIONS, Policy, Site, as_policy
+from loract.others import others_coded
+from loract.policy import DEFAULT, REGIONS, Policy, Site, as_policy
 from loract.recognize import (
     ActivationRole,
     AdapterRole,
@@ -84,7 +85,7 @@ class Handle(Uncopied):
             item = self._streamed(item)
             codec = self.policy.codec(item.site)
             if codec is None:
-                if item.site.kind not in REGIONS:
+                if item.site.kind not in (*REGIONS, "other"):
                     self._leave(item, "no rule of the policy")
                 continue
             site = self._running(item.site, codec)
@@ -97,8 +98,8 @@ class Handle(Uncopied):
                 self._leave(item, "values are not bit-equal")
                 continue
             self.sites.append(site)
-        for site in self.sites:  # probing counted
-            site.step, site.stats = 0, SiteStats(kind=site.site.kind, name=site.site.name, codec=site.stats.codec)
+        for site in self.sites:
+            site.forget()  # what probing counted and learned
         if not self.sites:
             raise UnsupportedModule(
                 f"{type(self.model).__name__} without a single recognisable site",
@@ -379,6 +380,17 @@ class Handle(Uncopied):
         self.sites.append(self._running(site, codec))
         return self.sites[-1]
 
+    def _patch_block(self, item: Found, site: RunningSite) -> None:
+        original = item.module.forward
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if self.ledger.recomputing or not torch.is_grad_enabled():
+                return original(*args, **kwargs)
+            with others_coded(site):
+                return original(*args, **kwargs)
+
+        self._set(item.module, "forward", forward)
+
     def _coded(self, site: RunningSite, x: Tensor) -> bool:
         """Whether x would come back other than it is."""
         packed = self.index.get(x)
@@ -458,10 +470,11 @@ _PATCHES: dict[type, Callable[[Handle, Found, RunningSite], None]] = {
     AttentionRole: Handle._patch_attention,
     ActivationRole: Handle._patch_activation,
     RegionRole: Handle._patch_region,
+    BlockRole: Handle._patch_block,
 }
 
 
-def attach(model: nn.Module, policy: str | Policy = "exact", *, seed: int = 0) -> Handle:
+def attach(model: nn.Module, policy: str | Policy = DEFAULT, *, seed: int = 0) -> Handle:
     """Make `model` keep its activations as `policy` says; acts at once.
 
     Forward values stay bit-identical; only what backward reads changes. Use as a context manager, or call

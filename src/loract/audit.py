@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Generator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
@@ -37,18 +37,28 @@ class Fidelity:
     sites: list[SiteStats] = field(default_factory=lambda: list[SiteStats]())
 
 
-def audit(model: nn.Module, batch: Any, policy: str | Policy, loss: Loss | None = None, *, seed: int = 0) -> Fidelity:
+def audit(
+    model: nn.Module,
+    batch: Any,
+    policy: str | Policy,
+    loss: Loss | None = None,
+    *,
+    reference: Policy | None = None,
+    seed: int = 0,
+) -> Fidelity:
     """Compare gradients of `loss(model, batch)` with and without `policy`.
 
     `loss` defaults to `model(**batch).loss`. Both passes start from the same random state; gradients, buffers and
-    the random state are put back.
+    the random state are put back. The exact gradient is plain autograd's, with all the memory that it takes, or that
+    under a lossless policy, `reference`.
 
     Raises:
         UnsupportedModule: no parameter receives a gradient, or the model has no recognisable site.
     """
     evaluate = loss or default_loss
     with restored(model):
-        value, exact = gradients(model, batch, evaluate)
+        with nullcontext() if reference is None else attach(model, reference, seed=seed):
+            value, exact = gradients(model, batch, evaluate)
         with attach(model, policy, seed=seed) as handle:
             _, ours = gradients(model, batch, evaluate)
             sites = handle.stats()

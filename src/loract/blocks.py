@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 
 from loract.policy import Kind, Site
 from loract.recognize import ActivationRole, AdapterRole, Found, Recognised, features_of, find_attention
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockRole:
+    """A block, for what operators save in it that belongs to no other site."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +30,7 @@ class RegionRole:
 
 
 def find_regions(model: nn.Module, recognised: Recognised) -> list[Found]:
-    """Sites of kind `layer` and `sublayer`, in module order."""
+    """Sites of kind `layer` and `sublayer`, in module order, and one of kind `other` for each block."""
     names = {id(module): name for name, module in model.named_modules()}
     roles = {id(found.module): found.role for found in recognised.sites}
     found: dict[tuple[Kind, int], Found] = {}
@@ -38,7 +43,8 @@ def find_regions(model: nn.Module, recognised: Recognised) -> list[Found]:
         add("layer", block)
         for module in _sublayers(block, roles):
             add("sublayer", module)
-    return list(found.values())
+    others = [replace(item, site=replace(item.site, kind="other"), role=BlockRole()) for item in found.values()]
+    return [*found.values(), *(item for item in others if ("layer", id(item.module)) in found)]
 
 
 def _blocks(model: nn.Module) -> list[nn.Module]:

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, get_args
 from loract.audit import Audits, OnExcess
 from loract.codecs import Exact
 from loract.errors import InvalidSpec, LoractError, MissingExtra, nearest
-from loract.policy import Policy, parse_policy
+from loract.policy import DEFAULT, Policy, parse_policy
 
 try:
     import yaml
@@ -34,7 +34,7 @@ class _Block(BaseModel):
 class Compression(_Block):
     """The block `activation_compression`: what is kept for the backward pass, and how."""
 
-    preset: Literal["balanced", "smallest", "exact", "tensor", "sublayer", "layer", "none"] = "exact"
+    preset: Literal["balanced", "fast", "smallest", "exact", "tensor", "sublayer", "layer", "none"] = DEFAULT
     """`none` trains without loract."""
     rank: int | float | str | None = None
     """Columns kept (int) or share of the features (0.125, 1/8), for tensor, sublayer and layer. Default 1/8."""

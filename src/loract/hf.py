@@ -14,9 +14,10 @@ from torch import nn
 
 from loract.attach import Handle, attach
 from loract.audit import Audits, Capture, Fidelity, OnExcess, audit, tighter, worst
+from loract.codecs import Exact
 from loract.errors import InvalidSpec, LoractError, MissingExtra
 from loract.memory import MIB
-from loract.policy import REGIONS, Policy, as_policy
+from loract.policy import DEFAULT, REGIONS, Policy, as_policy, preset
 from loract.saved import SiteStats
 
 try:
@@ -36,7 +37,8 @@ class LoractCallback(TrainerCallback):
     Evaluation during training runs the model's own forwards. The KV cache is off while attached.
 
     `audit_every`: every so many steps, and at the last one, the gradient of the step's first micro-batch is computed
-    twice more, by plain autograd and under the policy, which costs about three micro-batches; losses, gradients and
+    twice more, by exact checkpointing, which fits where training does, and under the policy: the time of about three
+    micro-batches. Losses, gradients and
     random streams stay what they are. Training logs then carry the latest `loract/cosine` and
     `loract/gradient_error` (relative; of several processes the worst) and the `loract/audited_step` that they belong
     to. Where the error passes `max_error`, `on_excess` decides: `warn`; `tighten` attaches the next more accurate
@@ -53,7 +55,7 @@ class LoractCallback(TrainerCallback):
 
     def __init__(
         self,
-        policy: str | Policy = "exact",
+        policy: str | Policy = DEFAULT,
         *,
         seed: int = 0,
         audit_every: int | None = None,
@@ -189,7 +191,7 @@ class LoractCallback(TrainerCallback):
         with self.paused() as plain:
             caches = _caches_off(plain)
             try:
-                return audit(plain, None, self.policy, capture.loss, seed=self.seed)
+                return audit(plain, None, self.policy, capture.loss, reference=_REFERENCE, seed=self.seed)
             finally:
                 _caches_back(caches)
 
@@ -244,6 +246,8 @@ class LoractCallback(TrainerCallback):
             state.log_history[-1].update(numbers)
 
 
+_REFERENCE = preset("layer", codec=Exact())
+"""What computes the exact gradient of an audit: plain autograd might not fit where this run does."""
 _STATE = "loract"
 """Key in the trainer's state."""
 

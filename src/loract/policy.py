@@ -10,9 +10,12 @@ from typing import Literal, get_args
 from loract.codecs import Codec, Exact, LowRank, Quantized
 from loract.errors import InvalidSpec, nearest
 
-Kind = Literal["adapter_input", "norm", "stream", "gated", "attention", "attention_output", "sublayer", "layer"]
+Kind = Literal[
+    "adapter_input", "norm", "stream", "gated", "attention", "attention_output", "sublayer", "layer", "other"
+]
 """`stream` is a norm's input as a step of the residual stream; where a rule for it matches it goes before `norm`.
-`attention_output` is what attention gives inside a region that runs again, which then does not compute it again."""
+`attention_output` is what attention gives inside a region that runs again, which then does not compute it again.
+`other` is whatever else operators save inside a block."""
 KINDS: tuple[Kind, ...] = get_args(Kind)
 REGIONS: tuple[Kind, ...] = ("sublayer", "layer")
 """Kinds whose site keeps the inputs of a module and runs the module again in backward."""
@@ -91,6 +94,8 @@ class Policy:
 
 
 PRESETS = ("exact", "tensor", "sublayer", "layer", "balanced", "fast", "smallest")
+DEFAULT = "balanced"
+"""The preset where none is named."""
 
 
 def preset(name: str, *, rank: int | float | None = None, codec: Codec | None = None) -> Policy:

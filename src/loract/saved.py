@@ -137,6 +137,11 @@ class RunningSite(Uncopied):
 
     def __post_init__(self) -> None:
         """Start the counters."""
+        self.forget()
+
+    def forget(self) -> None:
+        """Start anew: counters, random stream, and what earlier calls have taught."""
+        self.step, self.state, self.error = 0, State(), Delayed()
         self.stats = SiteStats(kind=self.site.kind, name=self.site.name, codec=type(self.codec).__name__)
 
     def begin(self, before: int) -> None:

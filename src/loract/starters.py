@@ -45,9 +45,10 @@ lora_target_modules: all-linear
 
 # What is kept for the backward pass
 activation_compression:
-  preset: exact                     # exact: a third of the bytes, no loss, LoRA's speed
+  preset: balanced                  # balanced: the bytes of checkpointing, LoRA's speed; fast and smallest trade
+                                    # exact: a third of the bytes, no loss, LoRA's speed
                                     # sublayer with exact: true: in place of checkpointing, no loss
-                                    # tensor, sublayer, layer: coded, fewest bytes; none: off
+                                    # tensor, sublayer, layer: coded by rank or bits; none: off
   # rank: 1/8                       # share of the features (or columns, 16) that coded tensors keep
   # bits: 8                         # or quantise instead
   # exact: true                     # or keep the inputs of sublayers and layers as they are

@@ -24,14 +24,14 @@ from loract.cli.common import (
 )
 from loract.compare import Ticker
 from loract.cpu import fast_bf16
-from loract.policy import parse_policy
+from loract.policy import DEFAULT, parse_policy
 from loract.studies import WARM_STEPS, warm
 from loract.workload import workload
 
 
 def audit(
     model: Model = GEMMA,
-    preset: Preset = "tensor",
+    preset: Preset = DEFAULT,
     rank: Rank = None,
     bits: Bits = None,
     exact: ExactInputs = False,

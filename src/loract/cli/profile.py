@@ -27,14 +27,14 @@ from loract.cli.common import (
 from loract.compare import Contender, Variant, body_step, contend
 from loract.cpu import fast_bf16
 from loract.memory import MIB
-from loract.policy import Site, parse_policy
+from loract.policy import DEFAULT, Site, parse_policy
 from loract.saved import SiteStats
 from loract.workload import workload
 
 
 def profile(
     model: Model = GEMMA,
-    preset: Preset = "exact",
+    preset: Preset = DEFAULT,
     rank: Rank = None,
     bits: Bits = None,
     exact: ExactInputs = False,
