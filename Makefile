@@ -5,6 +5,8 @@ STAMP := $(VENV)/.ready
 # Some pinned releases need Python 3.11; on 3.10 torch alone is pinned.
 PINS := $(shell $(PYTHON) -c 'import sys; print("constraints.txt" if sys.version_info >= (3, 11) else "$(VENV)/torch.txt")')
 export HF_HUB_OFFLINE := 1
+# Test processes, a thread each; each may hold a model of half a gigabyte.
+WORKERS ?= 2
 
 .PHONY: demo test check bench setup clean
 
@@ -12,13 +14,13 @@ demo: setup
 	$(BIN)/loract demo
 
 test: setup
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
 
 check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
 
 bench: setup
 	$(BIN)/loract bench

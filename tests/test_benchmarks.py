@@ -133,7 +133,7 @@ def test_adapters_follow_the_seed_and_start_at_zero():
 
 def test_held_out_losses_are_finer_than_bf16():
     narrow = work(held_out=4, dtype=torch.bfloat16)
-    found = training.held_out_loss(narrow, narrow.model)
+    found = training.evaluate(narrow, narrow.model)
     with torch.no_grad():
         logits = narrow.hidden(narrow.model.eval(), narrow.held_out).float() @ narrow.head.float().T
     expected = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), narrow.held_out[:, 1:].flatten())

@@ -100,6 +100,10 @@ class Handle(Uncopied):
             self.sites.append(site)
         for site in self.sites:
             site.forget()  # what probing counted and learned
+        wanted = any(rule.kind == "stream" for rule in self.policy.rules)
+        if wanted and not any(site.site.kind == "stream" for site in self.sites):
+            reason = "no norm that reads a residual stream: what runs again keeps its inputs as they are"
+            self.left.append(("", type(self.model).__name__, reason))
         if not self.sites:
             raise UnsupportedModule(
                 f"{type(self.model).__name__} without a single recognisable site",

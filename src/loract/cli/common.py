@@ -29,7 +29,7 @@ GEMMA = "gemma-3-270m"
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 Model = Annotated[str, typer.Argument(help=f"Folder of a causal language model, or {GEMMA!r} (packaged weights).")]
-Preset = Annotated[str, typer.Option("--preset", help="exact, tensor, sublayer, layer, balanced or smallest.")]
+Preset = Annotated[str, typer.Option("--preset", help="balanced, fast, smallest, exact, tensor, sublayer or layer.")]
 Rank = Annotated[str | None, typer.Option("--rank", help="Columns (16) or share of the features (0.125, 1/8, 1.0).")]
 Bits = Annotated[int | None, typer.Option("--bits", help="Quantise to so many bits (1 to 8) instead of low rank.")]
 ExactInputs = Annotated[bool, typer.Option("--exact", help="Keep the inputs of sublayers or layers as they are.")]
