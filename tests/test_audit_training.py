@@ -85,7 +85,7 @@ def test_a_lossless_policy_has_no_error(make, policy, tmp_path):
     run = make(tmp_path, LoractCallback(policy, audit_every=1), use_cache=True)
     run.train()
     assert audited(run) == [1, 2, 3, 4, 5]
-    assert (logged(run, "loract/gradient_error") < 1e-6).all()
+    assert (logged(run, "loract/gradient_error") < 1e-5).all()  # two exact ways, rounded differently
     assert (logged(run, "loract/cosine") > 1 - 1e-6).all()
 
 

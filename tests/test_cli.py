@@ -85,10 +85,11 @@ def test_bad_dtype():
     ("arguments", "message"),
     [
         (("audit", "--preset", "tenser"), "did you mean 'tensor'"),
-        (("audit", "--rank", "0"), "got rank=0"),
-        (("audit", "--rank", "1.5"), "got rank=1.5"),
+        (("audit", "--preset", "tensor", "--rank", "0"), "got rank=0"),
+        (("audit", "--preset", "tensor", "--rank", "1.5"), "got rank=1.5"),
         (("profile", "/no/such/folder"), "a causal language model's folder"),
         (("profile", "--preset", "exact", "--rank", "8"), "preset 'exact' with a rank"),
+        (("audit", "--rank", "8"), "preset 'balanced' with a rank"),
         (("audit", "--bits", "9"), "got bits=9"),
         (("audit", "--bits", "8", "--rank", "8"), "both rank and bits"),
     ],
@@ -102,7 +103,9 @@ def test_mistakes_are_one_line(monkeypatch, capsys, arguments, message):
 
 
 def test_audit_reports_every_layer(folder):
-    found = json.loads(run("audit", folder, "--batch", "1", "--length", "64", "--rank", "1/4", "--json").output)
+    found = json.loads(
+        run("audit", folder, "--batch", "1", "--length", "64", "--preset", "tensor", "--rank", "1/4", "--json").output
+    )
     assert 0 < found["relative_error"] < 2
     assert set(found["by_layer"]) == {"0", "1"}
     text = run("audit", folder, "--batch", "1", "--length", "64", "--preset", "exact").output
@@ -110,7 +113,7 @@ def test_audit_reports_every_layer(folder):
 
 
 def test_profile_counts_bytes(folder):
-    result = run("profile", folder, "--batch", "1", "--length", "64", "--dtype", "fp32", "--json")
+    result = run("profile", folder, "--preset", "exact", "--batch", "1", "--length", "64", "--dtype", "fp32", "--json")
     found = json.loads(result.output)
     assert found["measured"]["exact"]["saved_bytes"] < found["measured"]["plain"]["saved_bytes"]
     assert len(found["sites"]) == 23

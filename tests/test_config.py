@@ -40,7 +40,7 @@ def test_ranks_keep_their_type(tmp_path, text, rank):
 
 
 def test_policies():
-    assert Compression().policy() == loract.preset("exact")
+    assert Compression().policy() == loract.preset("balanced")
     assert Compression(preset="none").policy() is None
     assert Compression(preset="sublayer", exact=True).policy() == loract.preset("sublayer", codec=loract.Exact())
     assert Compression(preset="tensor", bits=8).policy() == loract.preset("tensor", codec=loract.Quantized(bits=8))
@@ -74,7 +74,7 @@ def test_starters_are_valid(tmp_path, task):
     path = tmp_path / "c.yaml"
     path.write_text(starter(task))
     assert load_config(path).task == task
-    uncommented = STARTERS[task].replace("# rank: 1/8 ", "rank: 1/8 ").replace("preset: exact  ", "preset: tensor")
+    uncommented = STARTERS[task].replace("# rank: 1/8 ", "rank: 1/8 ").replace("preset: balanced  ", "preset: tensor")
     path.write_text(uncommented)
     assert load_config(path).activation_compression.policy() == loract.preset("tensor", rank=1 / 8)
 

@@ -121,7 +121,7 @@ def test_exact_losses_equal_and_the_model_is_restored(make, tmp_path):
     options |= {"learning_rate": 0.05}
     plain = make(tmp_path, **options)
     plain.train()
-    callback, watch = LoractCallback(), Watch()
+    callback, watch = LoractCallback("exact"), Watch()
     run = make(tmp_path, watch, callback, **options)
     run.train()
     assert watch.attached == [True] * STEPS

@@ -76,7 +76,9 @@ def test_layer_ranges_include_both_ends(layers, name, matches):
     assert Rule(kind="norm", codec=Exact(), layers=layers).matches(Site(kind="norm", name=name)) is matches
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in (*REGIONS, "stream", "attention_output")])
+@pytest.mark.parametrize(
+    "kind", [kind for kind in KINDS if kind not in (*REGIONS, "stream", "attention_output", "other")]
+)
 def test_presets(kind):
     site = Site(kind=kind, name="layers.0.x")
     assert preset("exact").codec(site) == Exact()
@@ -101,6 +103,8 @@ def test_presets_of_regions(name, kind):
         assert policy.codec(site) == expected
     elif kind == "attention_output":
         assert policy.codec(site) == (Quantized(bits=8) if name == "fast" else None)
+    elif kind == "other":
+        assert policy.codec(site) is None
     elif kind in REGIONS:
         assert policy.codec(site) == (LowRank(rank=0.125) if kind in acts else None)
     else:

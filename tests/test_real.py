@@ -67,7 +67,7 @@ def test_gemma_saves_what_is_claimed(trained):
 
 
 def test_gemma_recognises_every_site(trained):
-    with loract.attach(trained.model) as handle:
+    with loract.attach(trained.model, "exact") as handle:
         assert handle.summary() == {"norm": 109, "attention": 18, "adapter_input": 126, "gated": 18}
         assert handle.left == []
 
@@ -77,7 +77,7 @@ def test_gemma_exact_gradients_in_fp32_and_logits_bit_identical(trained):
     ids = trained.train[:1, :128]
     with fast_bf16(), torch.no_grad():
         expected = model(input_ids=ids, use_cache=False).logits
-    with loract.attach(model), fast_bf16():
+    with loract.attach(model, "exact"), fast_bf16():
         ours = model(input_ids=ids, use_cache=False).logits
     assert torch.equal(ours.detach(), expected)
     del ours, expected

@@ -72,7 +72,7 @@ def test_fine_tuning_learns_the_same_with_exact_activations():
 def test_decompositions_of_a_models_own_activations():
     work = tiny()
     found = activations(lambda: work.hidden(work.model, work.train), work.model, 0.25)
-    assert [d.name for d in found] == ["adapter_input", "norm", "gated", "all"]
+    assert [d.name for d in found] == ["adapter_input", "norm", "gated", "attention", "all"]
     assert found[-1].tensors == sum(d.tensors for d in found[:-1])
     for d in found:
         for name in d.errors:

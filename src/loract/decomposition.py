@@ -85,7 +85,7 @@ def activations(forward: Callable[[], Any], model: Any, rank: int | float = 0.12
         UnsupportedModule: the model has no recognisable site.
     """
     seen: dict[str, list[Compared]] = {}
-    kinds: list[Kind] = [kind for kind in KINDS if kind not in (*REGIONS, "stream")]
+    kinds: list[Kind] = [kind for kind in KINDS if kind not in (*REGIONS, "stream", "attention_output", "other")]
     probes: dict[Kind, _Probe] = {kind: _Probe(rank=rank, found=seen.setdefault(kind, [])) for kind in kinds}
     policy = Policy(name="probe", rules=tuple(Rule(kind=kind, codec=probe) for kind, probe in probes.items()))
     with fast_bf16(), attach(model, policy):

@@ -274,17 +274,26 @@ def probe(module: nn.Module, features: int) -> Tensor:
     return x.to(device=like.device, dtype=like.dtype)
 
 
+_REPACKS = "support_avx512bf16_for_cpu"
+"""bitsandbytes' flag for 4-bit weights that their first evaluation brings into another layout, for good."""
+
+
 @contextmanager
 def preserved(module: nn.Module, training: bool | None = None) -> Generator[None]:
-    """Run probes without a trace: training flags and the random state are put back."""
+    """Run probes without a trace: training flags and the random state are put back, and nothing is repacked."""
     flags = [(m, m.training) for m in module.modules()]
+    repacking: list[Any] = [m for m in module.modules() if getattr(m, _REPACKS, False)]
     devices = sorted({p.device.index for p in module.parameters() if p.is_cuda})
     with torch.random.fork_rng(devices=devices):
         try:
             if training is not None:
                 module.train(training)
+            for m in repacking:
+                setattr(m, _REPACKS, False)
             yield
         finally:
+            for m in repacking:
+                setattr(m, _REPACKS, True)
             for m, flag in flags:
                 m.training = flag
 

@@ -137,12 +137,12 @@ class RunningSite(Uncopied):
 
     def __post_init__(self) -> None:
         """Start the counters."""
-        self.forget()
+        self.stats = SiteStats(kind=self.site.kind, name=self.site.name, codec=type(self.codec).__name__)
 
     def forget(self) -> None:
         """Start anew: counters, random stream, and what earlier calls have taught."""
         self.step, self.state, self.error = 0, State(), Delayed()
-        self.stats = SiteStats(kind=self.site.kind, name=self.site.name, codec=type(self.codec).__name__)
+        self.__post_init__()
 
     def begin(self, before: int) -> None:
         """One more call, in which plain autograd would save `before` bytes."""

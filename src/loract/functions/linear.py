@@ -29,7 +29,8 @@ def _four_bit(module: Any) -> Tensor | None:
     from bitsandbytes.functional import dequantize_4bit
 
     weight = module.weight
-    if getattr(weight, "quant_state", None) is None:
+    state = getattr(weight, "quant_state", None)
+    if state is None or getattr(state, "packing_format_for_cpu", False):  # a layout for inference
         return None
     dtype = module.compute_dtype if module.compute_dtype is not None else weight.quant_state.dtype
     return dequantize_4bit(weight.data, weight.quant_state).to(dtype)
