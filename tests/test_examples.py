@@ -38,13 +38,8 @@ def go(folder, monkeypatch, name, *overrides):
     from loract.train import train
 
     monkeypatch.chdir(folder)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        config = load_config(ROOT / "examples" / f"{name}.yaml", overrides)
-        return train(prepare(config)), folder / config.output_dir
-    finally:
-        torch.set_num_threads(threads)
+    config = load_config(ROOT / "examples" / f"{name}.yaml", overrides)
+    return train(prepare(config)), folder / config.output_dir
 
 
 def test_gemma_reads_python(folder, monkeypatch):
@@ -62,7 +57,7 @@ def test_gemma_reads_python(folder, monkeypatch):
     result, run = go(folder, monkeypatch, "gemma_text", *changes)
     assert result.steps == 2
     assert result.evaluation["loss"] < 6  # chance is log(262144) = 12.5
-    assert result.saved_mib < 0.5 * result.before_mib
+    assert 0 < result.saved_mib < 60  # what would be kept otherwise nobody counts inside regions
     base = AutoModelForCausalLM.from_pretrained(gemma_270m(), dtype="auto")
     loaded = peft.PeftModel.from_pretrained(base, str(run / "adapter")).eval()
     ids = torch.randint(3, 1000, (1, 16), generator=torch.Generator().manual_seed(0))

