@@ -29,7 +29,7 @@ def test_contenders_share_frozen_weights_and_own_adapters():
 def test_benchmark_finds_what_is_known():
     ticks = []
     records = benchmark(tiny(), STANDARD, batch=4, rounds=2, progress=lambda *tick: ticks.append(tick))
-    plain, checkpointing, exact, tensor, sublayer_exact, sublayer, layer, floor = records
+    plain, checkpointing, exact, tensor, sublayer_exact, sublayer, layer, balanced, floor = records
     assert [r.name for r in records] == [*(v.name for v in STANDARD), FLOOR]
     assert (plain.time_ratio, plain.relative_error, checkpointing.cosine) == (1.0, 0.0, pytest.approx(1.0))
     assert exact.relative_error < 1e-5
@@ -39,6 +39,8 @@ def test_benchmark_finds_what_is_known():
     assert sublayer_exact.relative_error < 1e-5
     assert 0 < sublayer.relative_error < 1
     assert 0 < layer.relative_error < 1.5
+    assert 0 < balanced.relative_error < 0.1
+    assert balanced.saved_bytes < sublayer_exact.saved_bytes
     assert layer.saved_bytes < sublayer.saved_bytes < sublayer_exact.saved_bytes < exact.saved_bytes
     assert layer.saved_bytes < checkpointing.saved_bytes
     assert all(r.extra["forward_bit_identical"] for r in records[:-1])

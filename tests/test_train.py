@@ -218,10 +218,15 @@ def test_image_classification_from_scratch(tmp_path):
 
 def test_a_four_bit_base(model, data, tmp_path):
     pytest.importorskip("bitsandbytes")
-    result = go(settings(model, data, tmp_path / "run", load_in_4bit=True, activation_compression=SUBLAYER))
-    assert result.finished
-    assert result.last_loss < result.first_loss
-    assert set(adapter_of(tmp_path / "run"))
+    found = {}
+    for preset in ("none", "balanced"):
+        block = {"preset": preset}
+        result = go(settings(model, data, tmp_path / preset, load_in_4bit=True, activation_compression=block))
+        assert result.finished
+        assert result.last_loss < result.first_loss
+        found[preset] = [loss for _, loss, _ in losses(tmp_path / preset)]
+    assert found["balanced"] == pytest.approx(found["none"], rel=0.01)
+    assert set(adapter_of(tmp_path / "balanced"))
 
 
 def test_tensorboard(model, data, tmp_path):

@@ -71,6 +71,7 @@ STANDARD = (
     Variant(name="loract sublayer exact", policy=preset("sublayer", codec=Exact())),
     Variant(name="loract sublayer 1/8", policy=preset("sublayer", rank=1 / 8)),
     Variant(name="loract layer 1/8", policy=preset("layer", rank=1 / 8)),
+    Variant(name="loract balanced", policy=preset("balanced")),
 )
 """The reference, its rival, and the presets."""
 
