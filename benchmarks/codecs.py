@@ -25,6 +25,7 @@ from loract.errors import InvalidSpec, nearest
 from loract.frontier import Journal, Settings
 from loract.memory import MIB
 from loract.policy import Kind, Policy, Rule, parse_rank
+from loract.report.table import grid
 from loract.saved import SiteStats
 from loract.studies import WARM_STEPS, warm
 from loract.workload import Work, job
@@ -192,7 +193,7 @@ def table(study: Study, journal: Journal) -> str:
         for family in FAMILIES:
             line += _cells(journal.get(study.rival(kind, family, low_rank["bytes"])), low_rank["relative_error"])
         lines.append(line)
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return grid(lines)
 
 
 def _cells(values: dict[str, Any] | None, reference: float) -> list[str]:

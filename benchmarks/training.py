@@ -27,6 +27,7 @@ from loract.cpu import fast_bf16
 from loract.data import Split, standard_library
 from loract.errors import InvalidSpec, LoractError, nearest
 from loract.frontier import Journal, Settings, methods
+from loract.report.table import grid
 from loract.studies import LEARNING_RATE, adamw, evaluate, train_step
 from loract.weights import gemma_270m, quiet
 from loract.workload import Workload, workload
@@ -242,8 +243,7 @@ def table(study: Study, journal: Journal) -> str:
         width = max(plain) - min(plain)
         apart = f"LoRA's seeds differ by {width:.4f}, {100 * width / reference:.2f} %"
         notes.append(f"{dataset}: {before:.4f} before training; {apart}")
-    rows = "".join(f"| {' | '.join(line)} |\n" for line in lines)
-    return rows + "\n" + "".join(f"- {note}\n" for note in notes)
+    return grid(lines) + "\n" + "".join(f"- {note}\n" for note in notes)
 
 
 def _values(study: Study, journal: Journal, dataset: str, variant: Variant) -> list[dict[str, Any]]:

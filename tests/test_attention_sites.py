@@ -25,12 +25,7 @@ def policy(*rules):
 def grads(model, batch):
     model.zero_grad()
     out = tiny.run(model, batch)
-    return out, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-
-
-def error(ours, exact):
-    assert ours.keys() == exact.keys()
-    return relative(*(torch.cat([g[n].flatten() for n in exact]) for g in (ours, exact)))
+    return out, tiny.grads(model)
 
 
 def parts(handle):
@@ -71,7 +66,7 @@ def test_full_rank_gives_the_exact_gradient_and_the_same_values(family):
     assert torch.equal(out, plain)
     assert [s.name.rsplit(".", 1)[-1] for s in coded] == [*PARTS, *PARTS]  # two layers
     assert all(s.coded and s.calls == 1 and s.error is not None for s in coded)
-    assert error(ours, exact) < 1e-5
+    assert tiny.error(ours, exact) < 1e-5
 
 
 def test_grouped_heads_are_kept_once():
@@ -90,7 +85,7 @@ def test_bits_order_the_errors_and_bytes():
     errors, sizes = [], []
     for bits in (8, 6, 4):
         with loract.attach(model, policy(Rule(kind="attention", codec=Quantized(bits=bits)))) as handle:
-            errors.append(error(grads(model, batch)[1], exact))
+            errors.append(tiny.error(grads(model, batch)[1], exact))
             sizes.append(sum(s.bytes_after for s in handle.stats() if s.kind == "attention"))
     assert errors == sorted(errors)
     assert sizes == sorted(sizes, reverse=True)
@@ -117,7 +112,7 @@ def test_dropout_stays_exact():
         out, ours = grads(model, batch)
         assert not any(s.calls for s in parts(handle))
     assert torch.equal(out, plain)
-    assert error(ours, exact) < 1e-6
+    assert tiny.error(ours, exact) < 1e-6
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -130,7 +125,7 @@ def test_attention_written_by_hand_is_coded_too(causal):
         model.zero_grad()
         out = model(x)
         tiny.weights(out).mul(out).sum().backward()
-        return out.detach(), {n: p.grad.clone() for n, p in model.named_parameters()}
+        return out.detach(), tiny.grads(model)
 
     plain, exact = step()
     with loract.attach(model, policy(Rule(kind="attention", codec=FULL))) as handle:
@@ -139,7 +134,7 @@ def test_attention_written_by_hand_is_coded_too(causal):
     assert torch.equal(out, plain)
     assert [s.name for s in coded] == [f"{i}.{part}" for i in (0, 1) for part in PARTS]
     assert all(s.coded for s in coded)
-    assert error(ours, exact) < 1e-5
+    assert tiny.error(ours, exact) < 1e-5
     again, _ = step()  # detached
     assert torch.equal(again, plain)
 
@@ -184,7 +179,7 @@ def test_kept_outputs_are_not_computed_again_and_cost_nothing_in_the_gradient(fa
     assert torch.equal(out, plain)
     assert not computed
     assert len(kept) == 2
-    assert error(ours, exact) < 1e-5
+    assert tiny.error(ours, exact) < 1e-5
 
 
 def test_errors_of_outputs_stay_local(computed):
@@ -195,7 +190,7 @@ def test_errors_of_outputs_stay_local(computed):
         kept = [s for s in handle.stats() if s.kind == "attention_output" and s.calls]
     assert all(s.coded for s in kept)
     assert sum(s.bytes_after for s in kept) < 0.2 * sum(s.bytes_before for s in kept)
-    assert error(ours, exact) < 0.05
+    assert tiny.error(ours, exact) < 0.05
     for name, gradient in exact.items():  # what the output feeds reads it; q, k and v do not
         if "q_proj" in name:
             assert relative(ours[name], gradient) < 0.05
@@ -208,7 +203,7 @@ def test_an_output_that_others_read_is_computed(computed):
     with loract.attach(model, outputs(Quantized(bits=2, guard=False))) as handle:
         _, ours = grads(model, batch)
         assert any(s.coded for s in handle.stats() if s.kind == "attention_output")
-    assert error(ours, exact) < 1e-5
+    assert tiny.error(ours, exact) < 1e-5
     assert computed
 
 
@@ -222,10 +217,10 @@ def test_kept_outputs_survive_a_retained_graph(passes, computed):
         for index in range(passes):
             model.zero_grad()
             score.backward(retain_graph=index < passes - 1)
-            found.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+            found.append(tiny.grads(model))
     assert not computed
     for later in found[1:]:
-        assert error(later, found[0]) < 1e-6
+        assert tiny.error(later, found[0]) < 1e-6
 
 
 def test_fast_keeps_the_outputs_of_attention_alone_more_than_balanced(computed):

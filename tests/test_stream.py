@@ -34,20 +34,10 @@ def score(model, batch):
     return (tiny.weights(out) * out).sum()
 
 
-def grads(model):
-    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-
-
-def error(ours, exact):
-    assert ours.keys() == exact.keys()
-    flat = [torch.cat([g[n].flatten() for n in exact]) for g in (ours, exact)]
-    return relative(*flat)
-
-
 def plain(model, batch):
     model.zero_grad()
     score(model, batch).backward()
-    return grads(model)
+    return tiny.grads(model)
 
 
 def bytes_by_name(handle):
@@ -107,7 +97,7 @@ def test_exact_steps_give_exact_gradients(family):
     model, batch = tiny.build(family, dtype=torch.float64)
     exact = plain(model, batch)
     with loract.attach(model, streamed(Exact())):
-        assert error(plain(model, batch), exact) < 1e-6  # PEFT's adapters stay in fp32
+        assert tiny.error(plain(model, batch), exact) < 1e-6  # PEFT's adapters stay in fp32
 
 
 @pytest.mark.parametrize("name", ["balanced", "smallest"])
@@ -123,7 +113,7 @@ def test_presets(family, name):
     with loract.attach(model, name) as handle:
         assert torch.equal(tiny.run(model, batch, backward=False), value)
         after, _ = saved_bytes(lambda: score(model, batch), model.parameters())
-        found = error(plain(model, batch), exact)
+        found = tiny.error(plain(model, batch), exact)
         assert any(s.kind == "stream" and s.coded for s in handle.stats())
     assert after < inputs < before
     assert 0 < found < {"balanced": 0.03, "smallest": 0.3}[name]
@@ -133,7 +123,7 @@ def test_kinds_in_bf16():
     model, batch = tiny.build("gemma3", dtype=torch.bfloat16)
     exact = plain(model, batch)
     with loract.attach(model, "balanced"):
-        assert error(plain(model, batch), exact) < 0.05
+        assert tiny.error(plain(model, batch), exact) < 0.05
 
 
 def test_a_sandwich_norm_keeps_its_statistics_alone():
@@ -157,7 +147,7 @@ def test_channels_that_a_sandwich_norm_switches_off():
             parameter.data[::3] = -1  # 1 + w = 0
     exact = plain(model, batch)
     with loract.attach(model, "balanced"):
-        assert error(plain(model, batch), exact) < 0.03
+        assert tiny.error(plain(model, batch), exact) < 0.03
 
 
 def test_a_norm_after_the_sum_is_coded_by_itself():
@@ -190,7 +180,7 @@ def test_parallel_branches_share_a_position():
     batch = {"input_ids": torch.randint(3, 97, (2, 32))}
     exact = plain(model, batch)
     with loract.attach(model, "balanced") as handle:
-        assert error(plain(model, batch), exact) < 0.02
+        assert tiny.error(plain(model, batch), exact) < 0.02
         second = [s.bytes_after for s in handle.stats() if s.name.endswith("layers.1.post_attention_layernorm")]
     assert second == [8 * 64]  # its statistics: the codes are those of the norm beside it
 
@@ -200,9 +190,9 @@ def test_a_model_whose_every_parameter_trains():
     model.requires_grad_(True)
     exact = plain(model, batch)
     with loract.attach(model, streamed(Exact())):
-        assert error(plain(model, batch), exact) < 1e-5
+        assert tiny.error(plain(model, batch), exact) < 1e-5
     with loract.attach(model, "balanced"):
-        assert error(plain(model, batch), exact) < 0.02
+        assert tiny.error(plain(model, batch), exact) < 0.02
 
 
 def test_padding_and_accumulation():
@@ -213,12 +203,12 @@ def test_padding_and_accumulation():
     model.zero_grad()
     for b in batches:
         score(model, b).backward()
-    exact = grads(model)
+    exact = tiny.grads(model)
     with loract.attach(model, streamed(Exact())):
         model.zero_grad()
         for b in batches:
             score(model, b).backward()
-        assert error(grads(model), exact) < 1e-5
+        assert tiny.error(tiny.grads(model), exact) < 1e-5
 
 
 def test_dropout_is_replayed():
@@ -233,7 +223,7 @@ def test_dropout_is_replayed():
 
     exact = step()
     with loract.attach(model, streamed(Exact())):
-        assert error(step(), exact) < 1e-5
+        assert tiny.error(step(), exact) < 1e-5
 
 
 # -- lifetimes ----------------------------------------------------------------------------------------------------
@@ -264,17 +254,17 @@ def test_a_retained_graph_is_walked_again():
         model.zero_grad()
         loss = score(model, batch)
         loss.backward(retain_graph=True)
-        first = grads(model)
+        first = tiny.grads(model)
         model.zero_grad()
         loss.backward(retain_graph=True)
-        second = grads(model)
+        second = tiny.grads(model)
         model.zero_grad()
         loss.backward()
-        third = grads(model)
+        third = tiny.grads(model)
         with pytest.raises(RuntimeError, match=r"second time|dropped"):
             loss.backward()
-    assert error(second, first) < 1e-5
-    assert error(third, first) < 1e-5
+    assert tiny.error(second, first) < 1e-5
+    assert tiny.error(third, first) < 1e-5
 
 
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
@@ -287,7 +277,7 @@ def test_two_graphs_at_once(order):
         for index in order:
             model.zero_grad()
             losses[index].backward()
-            assert error(grads(model), expected[index]) < 1e-5
+            assert tiny.error(tiny.grads(model), expected[index]) < 1e-5
 
 
 def test_part_of_the_graph():
@@ -300,8 +290,8 @@ def test_part_of_the_graph():
         found = torch.autograd.grad(loss, list(upper.values()), retain_graph=True)
         model.zero_grad()
         loss.backward()
-        assert error(grads(model), expected) < 1e-5
-    assert error(dict(zip(upper, found, strict=True)), {n: expected[n] for n in upper}) < 1e-5
+        assert tiny.error(tiny.grads(model), expected) < 1e-5
+    assert tiny.error(dict(zip(upper, found, strict=True)), {n: expected[n] for n in upper}) < 1e-5
 
 
 def test_tensors_moved_by_hooks():
@@ -312,7 +302,7 @@ def test_tensors_moved_by_hooks():
         with torch.autograd.graph.save_on_cpu():
             loss = score(model, batch)
         loss.backward()
-        assert error(grads(model), expected) < 1e-5
+        assert tiny.error(tiny.grads(model), expected) < 1e-5
 
 
 def test_an_input_edited_in_place_is_refused():

@@ -4,6 +4,8 @@ import peft
 import torch
 import transformers
 
+from oracles import relative
+
 FAMILIES = {  # sites expected
     "llama": {"adapter_input": 14, "norm": 5, "gated": 2, "attention": 2},
     "qwen3": {"adapter_input": 14, "norm": 9, "gated": 2, "attention": 2},
@@ -90,3 +92,14 @@ def run(model, batch, backward=True):
         weights(out).mul(out).sum().backward()
         return out.detach()
     return out
+
+
+def grads(model):
+    """Copies of the gradients, by name."""
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def error(ours, exact):
+    """Relative error of a whole gradient, given by name."""
+    assert ours.keys() == exact.keys()
+    return relative(*(torch.cat([g[n].flatten() for n in exact]) for g in (ours, exact)))

@@ -6,7 +6,7 @@ import copy
 import threading
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -385,15 +385,19 @@ class Handle(Uncopied):
         return self.sites[-1]
 
     def _patch_block(self, item: Found, site: RunningSite) -> None:
-        original = item.module.forward
+        self._run_in(item.module, partial(others_coded, site))
+
+    def _run_in(self, module: nn.Module, context: Callable[[], AbstractContextManager[object]]) -> None:
+        """Calls with gradients, first runs that is, happen inside a context of their own."""
+        original = module.forward
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             if self.ledger.recomputing or not torch.is_grad_enabled():
                 return original(*args, **kwargs)
-            with others_coded(site):
+            with context():
                 return original(*args, **kwargs)
 
-        self._set(item.module, "forward", forward)
+        self._set(module, "forward", forward)
 
     def _coded(self, site: RunningSite, x: Tensor) -> bool:
         """Whether x would come back other than it is."""
@@ -406,30 +410,18 @@ class Handle(Uncopied):
             self.left.append(entry)
 
     def _patch_attention(self, item: Found, site: RunningSite) -> None:
-        names = [f"{item.site.name}.{part}" for part in ("query", "key", "value")]
-        parts = (
-            ()
-            if isinstance(site.codec, Exact)
-            else tuple(self._running(replace(item.site, name=n), site.codec) for n in names)
-        )
+        names = () if isinstance(site.codec, Exact) else ("query", "key", "value")
+        parts = tuple(self._running(replace(item.site, name=f"{item.site.name}.{n}"), site.codec) for n in names)
         self.sites += parts
-        if item.role.registry:
-            register()
-            config = copy.copy(item.module.config)
-            # The copy reaches this module alone: masks are made by the model from its own config, which stays "sdpa".
-            object.__setattr__(config, "_attn_implementation_internal", ATTENTION)
-            self._set(item.module, "config", config)
-            self._set(item.module, "_loract_attention", (site, parts))
+        if not item.role.registry:
+            self._run_in(item.module, partial(Coding, site, parts))
             return
-        original = item.module.forward
-
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            if self.ledger.recomputing or not torch.is_grad_enabled():
-                return original(*args, **kwargs)
-            with Coding(site, parts):
-                return original(*args, **kwargs)
-
-        self._set(item.module, "forward", forward)
+        register()
+        config = copy.copy(item.module.config)
+        # The copy reaches this module alone: masks are made by the model from its own config, which stays "sdpa".
+        object.__setattr__(config, "_attn_implementation_internal", ATTENTION)
+        self._set(item.module, "config", config)
+        self._set(item.module, "_loract_attention", (site, parts))
 
 
 def _attention_output(site: RunningSite, x: Tensor) -> Packed:

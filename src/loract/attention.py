@@ -29,48 +29,24 @@ SHORTEST = 256
 """Queries below which torch's own kernel is as fast as blocks."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Call:
-    """The arguments of one scaled dot product attention."""
+    """The arguments of one scaled dot product attention, in torch's order and by its names."""
 
     query: Tensor
     key: Tensor
     value: Tensor
-    mask: Tensor | None
-    dropout_p: float
-    causal: bool
-    scale: float | None
-    grouped: bool
-
-    @classmethod
-    def of(
-        cls,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-    ) -> Call:
-        """From torch's own signature."""
-        return cls(
-            query=query,
-            key=key,
-            value=value,
-            mask=attn_mask,
-            dropout_p=dropout_p,
-            causal=is_causal,
-            scale=scale,
-            grouped=enable_gqa,
-        )
+    attn_mask: Tensor | None = None
+    dropout_p: float = 0.0
+    is_causal: bool = False
+    scale: float | None = None
+    enable_gqa: bool = False
 
     @property
     def supported(self) -> bool:
         """Whether `blockwise_attention` takes it."""
-        exclusive = not self.causal or self.mask is None
-        return exclusive and supports(self.query, self.key, self.value, self.mask, self.dropout_p)
+        exclusive = not self.is_causal or self.attn_mask is None
+        return exclusive and supports(self.query, self.key, self.value, self.attn_mask, self.dropout_p)
 
     @property
     def in_blocks(self) -> bool:
@@ -84,23 +60,23 @@ class Call:
             self.query,
             self.key,
             self.value,
-            self.mask,
+            self.attn_mask,
             scale=scale,
-            causal=self.causal,
+            causal=self.is_causal,
             packed=None if packed is None else tuple(packed),
             forward=forward,
         )
 
     def plain(self) -> Tensor:
         """Torch's own output."""
-        grouped = self.grouped or self.query.shape[1] != self.key.shape[1]
+        grouped = self.enable_gqa or self.query.shape[1] != self.key.shape[1]
         return functional.scaled_dot_product_attention(
             self.query,
             self.key,
             self.value,
-            self.mask,
+            self.attn_mask,
             self.dropout_p,
-            self.causal,
+            self.is_causal,
             scale=self.scale,
             enable_gqa=grouped,
         )
@@ -112,7 +88,7 @@ class _Meeting(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is not functional.scaled_dot_product_attention:
             return func(*args, **(kwargs or {}))
-        return self.meet(Call.of(*args, **(kwargs or {})))
+        return self.meet(Call(*args, **(kwargs or {})))
 
     def meet(self, call: Call) -> Tensor:
         raise NotImplementedError
@@ -167,10 +143,9 @@ class Coding(_Meeting):
         forward = self.forward or call.plain
         if not torch.is_grad_enabled() or not any(t.requires_grad for t in (call.query, call.key, call.value)):
             return forward()
-        operands = [canonical(t) for t in (call.query, call.key, call.value)]
-        lossy = any(site.lossy(x) for site, x in zip(self.sites, operands, strict=False))
-        if not lossy or not call.supported:
-            with attention_hooks(self.site, call.key, call.value, call.mask):
+        operands = [canonical(t) for t in (call.query, call.key, call.value)] if self.sites and call.supported else []
+        if not any(site.lossy(x) for site, x in zip(self.sites, operands, strict=False)):
+            with attention_hooks(self.site, call.key, call.value, call.attn_mask):
                 return forward()
         packed: list[Packed] = []
         for site, x in zip(self.sites, operands, strict=True):

@@ -43,8 +43,9 @@ def find_regions(model: nn.Module, recognised: Recognised) -> list[Found]:
         add("layer", block)
         for module in _sublayers(block, roles):
             add("sublayer", module)
-    others = [replace(item, site=replace(item.site, kind="other"), role=BlockRole()) for item in found.values()]
-    return [*found.values(), *(item for item in others if ("layer", id(item.module)) in found)]
+    blocks = [item for (kind, _), item in found.items() if kind == "layer"]
+    others = [replace(item, site=replace(item.site, kind="other"), role=BlockRole()) for item in blocks]
+    return [*found.values(), *others]
 
 
 def _blocks(model: nn.Module) -> list[nn.Module]:

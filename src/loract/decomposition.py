@@ -16,11 +16,13 @@ from loract.codecs import Exact, Packed, State
 from loract.codecs.base import tokens_features
 from loract.cpu import fast_bf16
 from loract.linalg import singular_values
-from loract.policy import KINDS, REGIONS, Kind, Policy, Rule
+from loract.policy import Kind, Policy, Rule
 from loract.rangefinder import Gaussian, RangeFinder, Sampled, resolve_rank
 
 FINDERS: Mapping[str, RangeFinder] = {"LoRAct": Sampled(), "Gaussian RSVD": Gaussian()}
 """What is compared by default, each at its own defaults."""
+CODED: tuple[Kind, ...] = ("adapter_input", "norm", "gated", "attention")
+"""Kinds whose sites pack a tensor each, by itself."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,8 +87,7 @@ def activations(forward: Callable[[], Any], model: Any, rank: int | float = 0.12
         UnsupportedModule: the model has no recognisable site.
     """
     seen: dict[str, list[Compared]] = {}
-    kinds: list[Kind] = [kind for kind in KINDS if kind not in (*REGIONS, "stream", "attention_output", "other")]
-    probes: dict[Kind, _Probe] = {kind: _Probe(rank=rank, found=seen.setdefault(kind, [])) for kind in kinds}
+    probes: dict[Kind, _Probe] = {kind: _Probe(rank=rank, found=seen.setdefault(kind, [])) for kind in CODED}
     policy = Policy(name="probe", rules=tuple(Rule(kind=kind, codec=probe) for kind, probe in probes.items()))
     with fast_bf16(), attach(model, policy):
         for probe in probes.values():  # attaching runs probes of its own

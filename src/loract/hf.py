@@ -38,12 +38,11 @@ class LoractCallback(TrainerCallback):
 
     `audit_every`: every so many steps, and at the last one, the gradient of the step's first micro-batch is computed
     twice more, by exact checkpointing, which fits where training does, and under the policy: the time of about three
-    micro-batches. Losses, gradients and
-    random streams stay what they are. Training logs then carry the latest `loract/cosine` and
-    `loract/gradient_error` (relative; of several processes the worst) and the `loract/audited_step` that they belong
-    to. Where the error passes `max_error`, `on_excess` decides: `warn`; `tighten` attaches the next more accurate
-    policy for the rest of training, also of a resumed one (`loract/tightened` counts); `stop` ends training after this
-    step.
+    micro-batches. Losses, gradients and random streams stay what they are. Training logs then carry the latest
+    `loract/cosine` and `loract/gradient_error` (relative; of several processes the worst) and the
+    `loract/audited_step` that they belong to. Where the error passes `max_error`, `on_excess` decides: `warn`;
+    `tighten` attaches the next more accurate policy for the rest of training, also of a resumed one
+    (`loract/tightened` counts); `stop` ends training after this step.
 
     A trainer that raises tells its callbacks nothing: the model then stays attached (same values, compressed
     gradients) until `detach()`, until training starts again, which attaches anew, or until the callback is collected

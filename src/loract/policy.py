@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Literal, get_args
 
@@ -104,7 +104,8 @@ def preset(name: str, *, rank: int | float | None = None, codec: Codec | None = 
     `exact` shares, fuses and drops duplicates without loss. The others are LoRAct's three modes, with `codec` (default
     LowRank(rank=rank), rank 1/8). `tensor` codes every adapter input, norm and gate by itself; attention stays exact.
     `sublayer` keeps the coded input of each attention and MLP and runs it again in backward; `layer` that of each
-    block. With codec=Exact() those two are an exact checkpointing.
+    block. With codec=Exact() those two are an exact checkpointing. `balanced`, `fast` and `smallest` take neither: the
+    residual stream in coded steps, and sublayers that run again from it.
 
     Raises:
         InvalidSpec: an unknown name, a rank out of range, or an option the preset does not take.
@@ -146,14 +147,11 @@ def _streamed(name: str, step: Quantized, *others: Rule) -> Policy:
     return Policy(name=name, rules=(*(Rule(kind=kind, codec=codec) for kind, codec in kinds), *others))
 
 
+_STEP = Quantized(bits=8, scale="channel", outliers=16)
 _STREAMED = {
-    "balanced": _streamed("balanced", Quantized(bits=8, scale="channel", outliers=16)),
-    "fast": _streamed(
-        "fast",
-        Quantized(bits=8, scale="channel", outliers=16),
-        Rule(kind="attention_output", codec=Quantized(bits=8)),
-    ),
-    "smallest": _streamed("smallest", Quantized(bits=5, scale="channel", outliers=16)),
+    "balanced": _streamed("balanced", _STEP),
+    "fast": _streamed("fast", _STEP, Rule(kind="attention_output", codec=Quantized(bits=8))),
+    "smallest": _streamed("smallest", replace(_STEP, bits=5)),
 }
 
 

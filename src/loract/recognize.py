@@ -281,21 +281,20 @@ _REPACKS = "support_avx512bf16_for_cpu"
 @contextmanager
 def preserved(module: nn.Module, training: bool | None = None) -> Generator[None]:
     """Run probes without a trace: training flags and the random state are put back, and nothing is repacked."""
-    flags = [(m, m.training) for m in module.modules()]
-    repacking: list[Any] = [m for m in module.modules() if getattr(m, _REPACKS, False)]
+    names = ("training", _REPACKS)
+    before = [(m, name, getattr(m, name)) for m in module.modules() for name in names if hasattr(m, name)]
     devices = sorted({p.device.index for p in module.parameters() if p.is_cuda})
     with torch.random.fork_rng(devices=devices):
         try:
             if training is not None:
                 module.train(training)
-            for m in repacking:
-                setattr(m, _REPACKS, False)
+            for m, name, _ in before:
+                if name == _REPACKS:
+                    setattr(m, name, False)
             yield
         finally:
-            for m in repacking:
-                setattr(m, _REPACKS, True)
-            for m, flag in flags:
-                m.training = flag
+            for m, name, value in before:
+                setattr(m, name, value)
 
 
 def _parameterless(module: nn.Module) -> bool:

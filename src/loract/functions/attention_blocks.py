@@ -71,7 +71,7 @@ class _Scratch:
             buffer = self._buffers[name] = torch.empty(size, dtype=self.dtype)
         return buffer[:size].view(shape)
 
-    def wide(self, name: str, x: Tensor) -> Tensor:
+    def joined(self, name: str, x: Tensor) -> Tensor:
         """X (entries, heads, T, D) as (entries * heads, T, D) in the working dtype, a view where possible."""
         entries, heads, length, width = x.shape
         flat = entries == 1 or heads == 1 or x.stride(0) == heads * x.stride(1)
@@ -135,8 +135,8 @@ def output(operands: Operands) -> Tensor:
     scratch, low = _scratches(operands)
     queries, outs = operands.grouped(operands.query), operands.grouped(out)
     for part, plan in operands.pieces():
-        key = scratch.wide("key", operands.key[part])
-        value = low.wide("value", operands.value[part])
+        key = scratch.joined("key", operands.key[part])
+        value = low.joined("value", operands.value[part])
         for block in plan:
             place = outs[part][:, :, :, block.rows]
             if block.keys.stop == 0:
@@ -158,9 +158,9 @@ def operand_gradients(operands: Operands, grad: Tensor, wanted: Sequence[bool]) 
     queries, grads = operands.grouped(operands.query), operands.grouped(grad)
     dqs = None if dq is None else operands.grouped(dq)
     for part, plan in operands.pieces():
-        key = scratch.wide("key", operands.key[part])
-        value = scratch.wide("value", operands.value[part])
-        low_key = key if low is scratch else low.wide("key", operands.key[part])
+        key = scratch.joined("key", operands.key[part])
+        value = scratch.joined("value", operands.value[part])
+        low_key = key if low is scratch else low.joined("key", operands.key[part])
         sum_k = None if dk is None else scratch.take("sum_k", *key.shape).zero_()
         sum_v = None if dv is None else scratch.take("sum_v", *value.shape).zero_()
         for block in plan:

@@ -32,8 +32,8 @@ def _four_bit(module: Any) -> Tensor | None:
     state = getattr(weight, "quant_state", None)
     if state is None or getattr(state, "packing_format_for_cpu", False):  # a layout for inference
         return None
-    dtype = module.compute_dtype if module.compute_dtype is not None else weight.quant_state.dtype
-    return dequantize_4bit(weight.data, weight.quant_state).to(dtype)
+    dtype = module.compute_dtype if module.compute_dtype is not None else state.dtype
+    return dequantize_4bit(weight.data, state).to(dtype)
 
 
 _WEIGHTS: dict[str, Callable[[Any], Tensor | None]] = {

@@ -38,8 +38,19 @@ def rows(records: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
 def markdown(records: Sequence[Record]) -> str:
     """The table in Markdown."""
     header, body = rows(records)
-    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *body]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+    return grid([header, ["---"] + ["---:"] * (len(header) - 1), *body])
+
+
+def grid(lines: Sequence[Sequence[str]]) -> str:
+    """Cells as a table in Markdown; the second line says how columns are aligned.
+
+    Example:
+        >>> print(grid([["a", "b"], ["---", "---:"], ["x", "1"]]), end="")
+        | a | b |
+        | --- | ---: |
+        | x | 1 |
+    """
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 _ABSENT = "-"
