@@ -85,6 +85,14 @@ def test_bad_ranks(rank):
         loract.preset("tensor", rank=rank)
 
 
+def test_a_small_rank_of_a_model_with_a_lone_activation():
+    """Its probe is as wide as a real one, so that a share of it is not nothing."""
+    model, batch = build("bert")
+    with loract.attach(model, loract.preset("tensor", rank=1 / 32)) as handle:
+        run(model, batch)
+    assert any(site.kind == "gated" and site.coded for site in handle.stats())
+
+
 def test_unknown_preset_names_the_nearest():
     with pytest.raises(loract.InvalidSpec, match="did you mean 'tensor'"):
         loract.preset("tenser")

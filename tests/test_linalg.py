@@ -101,3 +101,22 @@ def test_singular_values(dtype):
     x = oracles.prescribed(spectrum, 20, 8, torch.Generator().manual_seed(0)).to(dtype)
     tolerance = {torch.bfloat16: 5e-3, torch.float32: 1e-6, torch.float64: 1e-14}[dtype]
     assert (linalg.singular_values(x).double() - spectrum).abs().max() <= tolerance
+
+
+@pytest.mark.parametrize(("decay", "share"), [(0.25, 0.98), (0.5, 0.99), (1.0, 0.99), (2.0, 0.99), (4.0, 0.99)])
+@pytest.mark.parametrize("count", [8, 40, 80])
+def test_iterated_eigenvectors_capture_the_energy(decay, share, count):
+    torch.manual_seed(0)
+    v = torch.linalg.qr(torch.randn(80, 80)).Q
+    spectrum = torch.arange(1, 81.0) ** -decay * 1e4
+    symmetric = (v * spectrum) @ v.T
+    q = linalg.iterated_eigenvectors(symmetric)
+    assert (q.T @ q - torch.eye(80)).abs().max() < 1e-5
+    captured = (q * (symmetric @ q)).sum(0)
+    assert (captured.diff() <= 1e-5 * captured[0]).all()
+    assert captured[:count].sum() >= share * spectrum[:count].sum()
+
+
+def test_iterated_eigenvectors_of_nothing():
+    q = linalg.iterated_eigenvectors(torch.zeros(5, 5))
+    assert (q.T @ q - torch.eye(5)).abs().max() < 1e-6

@@ -15,6 +15,8 @@ POLICIES = {
     "tensor": loract.preset("tensor", rank=0.25),
     "tolerance": loract.preset("tensor", codec=loract.LowRank(rank=0.25, tolerance=0.3)),
     "sublayer": loract.preset("sublayer", rank=0.25),
+    "transform": loract.preset("tensor", codec=loract.Transform(bits=1.0, refresh=3, guard=False)),
+    "target": loract.preset("tensor", codec=loract.Transform(bits=1.0, target_error=0.2, guard=False)),
     "inside": loract.policy.Policy(
         name="inside",
         rules=(

@@ -13,6 +13,7 @@ ROOT = Path(loract.__file__).parent
 ORDER = [
     "errors",
     "cpu",
+    "device",
     "linalg",
     "bitpack",
     "bounds",

@@ -182,6 +182,13 @@ def test_no_width_depends_on_its_own_step(bits, finder):
     assert widths[4] == widths[3]
 
 
+def test_an_aim_out_of_reach_takes_all_that_there_is():
+    x = torch.randn(32, 64, generator=torch.Generator().manual_seed(0))
+    packed = follow(Transform(target_error=1e-4, guard=False), [x] * 6)[-1]
+    assert sum(packed.widths) == 32
+    assert packed.widths[0] == 32
+
+
 @pytest.mark.parametrize("kind", ["gaussian", "laplacian"])
 @pytest.mark.parametrize("aim", [0.4, 0.2, 0.1, 0.05])
 def test_target_error_is_held(aim, kind):

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes  # pyright: ignore[reportPrivateUsage]
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 Rebuild = Callable[[Sequence[Tensor]], Any]
@@ -127,7 +128,8 @@ class Draws:
         """Whether something was drawn since."""
         now = [torch.get_rng_state(), *(torch.cuda.get_rng_state(d) for d, _ in self.devices)]
         then = [self.cpu, *(state for _, state in self.devices)]
-        return not all(map(torch.equal, now, then))
+        with _disable_current_modes():  # these have values, whatever a mode makes of the others
+            return not all(map(torch.equal, now, then))
 
     @contextmanager
     def replayed(self) -> Generator[None]:

@@ -18,6 +18,7 @@ from loract.arguments import Draws, Rebuild, activations, arguments, without_emp
 from loract.attention import ATTENTION, Coding, Keeping, register
 from loract.blocks import BlockRole, RegionRole, find_regions
 from loract.codecs import Codec, Exact, Packed
+from loract.device import agree
 from loract.errors import LoractError, Uncopied, UnsupportedModule
 from loract.functions.adapter import adapter_product
 from loract.functions.base import Autocast
@@ -45,6 +46,8 @@ from loract.saved import Index, Ledger, RunningSite, SiteStats
 from loract.stream import Streams
 
 _MARK = "_loract_handle"
+ACTIVATION_FEATURES = 1024
+"""Of an activation's probe: so many that a small share of them is a rank."""
 
 
 class _Forward(Uncopied):
@@ -92,7 +95,7 @@ class Handle(Uncopied):
             undone = len(self._undo)
             expected = _observe(item)
             _PATCHES[type(item.role)](self, item, site)
-            if not all(torch.equal(a, b) for a, b in zip(expected, _observe(item), strict=True)):
+            if not all(agree(a, b) for a, b in zip(expected, _observe(item), strict=True)):
                 while len(self._undo) > undone:
                     self._undo.pop()()
                 self._leave(item, "values are not bit-equal")
@@ -258,7 +261,7 @@ class Handle(Uncopied):
     ) -> Tensor:
         """A norm whose input is a step of the residual stream."""
         site.begin(_norm_bytes(x, role))
-        streamed = self.streams.enter(x, site.encode)
+        streamed = self.streams.enter(x, site.encode, site.site.layer)
         call = NormCall(role=role, forward=original, lossy=False, encode=lambda _: streamed, statistics=True)
         y = norm(x, weight, bias, call)
         assert call.output is not None
@@ -272,7 +275,7 @@ class Handle(Uncopied):
     def _stream_start(self, x: Tensor, site: RunningSite, original: Any) -> Tensor:
         """The first norm over frozen embeddings: nothing is kept for it, but the stream and its readers start here."""
         site.begin(0)
-        streamed = self.streams.enter(x, site.encode)
+        streamed = self.streams.enter(x, site.encode, site.site.layer)
         y = original(x)
         self.index.put(y, normalised(streamed, original, x, y.dtype))
         return y
@@ -449,7 +452,7 @@ def _probe_features(item: Found) -> int | None:
         return getattr(item.module, item.role.weight or "").shape[0]
     if isinstance(item.role, GatedRole):
         return (features_of(getattr(item.module, item.role.first)) or (None,))[0]
-    return 8 if isinstance(item.role, ActivationRole) else None  # attention and regions need more than one tensor
+    return ACTIVATION_FEATURES if isinstance(item.role, ActivationRole) else None  # attention and regions need more than one tensor
 
 
 def _norm_bytes(x: Tensor, role: NormRole) -> int:

@@ -59,15 +59,37 @@ def row_energies(x: Tensor) -> Tensor:
 
 
 def leading_eigenvectors(symmetric: Tensor, count: int) -> Tensor:
-    """Eigenvectors (l, count) of the largest eigenvalues of a symmetric (l, l) matrix, in descending order.
+    """Eigenvectors (l, count) of the largest eigenvalues of a positive semidefinite (l, l) matrix, in descending order.
 
     LAPACK raises on NaN, and looking for NaN would wait for the device, so the matrix is cleaned for the
-    factorisation and the NaN put back.
+    factorisation and the NaN put back. On an accelerator they are approximate: see `iterated_eigenvectors`.
     """
     finite = torch.isfinite(symmetric).all()
-    vectors = torch.linalg.eigh(torch.nan_to_num(symmetric, 0.0, 0.0, 0.0)).eigenvectors
-    leading = vectors[:, symmetric.shape[0] - count :].flip(1)
+    clean = torch.nan_to_num(symmetric, 0.0, 0.0, 0.0)
+    if symmetric.is_cpu:
+        leading = torch.linalg.eigh(clean).eigenvectors[:, symmetric.shape[0] - count :].flip(1)
+    else:
+        leading = iterated_eigenvectors(clean)[:, :count]
     return torch.where(finite, leading, torch.full_like(leading, torch.nan))
+
+
+ITERATIONS = 4
+"""QR factorisations, by which the leading vectors have 99 % of the energy there is for them, for eigenvalues that fall
+as j^-1/2 or faster (98 % at j^-1/4)."""
+
+
+def iterated_eigenvectors(symmetric: Tensor) -> Tensor:
+    """Orthonormal Q (l, l), nearly the eigenvectors of a positive semidefinite matrix by descending eigenvalue.
+
+    Orthogonal iteration (Golub & Van Loan 2013, 8.2.4). torch's eigh and svd look at their own error codes, for which
+    the host waits for the device; a QR factorisation has none.
+    """
+    scaled = symmetric / symmetric.diagonal().sum().clamp_min(torch.finfo(symmetric.dtype).tiny)
+    q = torch.eye(len(symmetric), dtype=symmetric.dtype, device=symmetric.device)
+    for _ in range(ITERATIONS):  # largest diagonal first, so that the order is right from the start
+        q = q[:, (q * (scaled @ q)).sum(0).argsort(descending=True)]
+        q = torch.linalg.qr(scaled @ (scaled @ q)).Q
+    return q[:, (q * (scaled @ q)).sum(0).argsort(descending=True)]
 
 
 def singular_values(x: Tensor) -> Tensor:

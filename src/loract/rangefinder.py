@@ -121,16 +121,16 @@ class Sampled:
                 energies = None
             elif energies is None:
                 energies = row_energies(x)
-            x = x[_draw(energies, len(x), limit, generator)]
+            x = x[_draw(energies, len(x), limit, generator, x.device)]
         wide = promote(x)
         if start is not None:
             y = wide.T @ (wide @ start.to(wide.dtype))
         elif self.sample == "features":
             columns = wide.square().sum(0) if self.weights == "norm2" else None
-            y = wide.T @ wide[:, _draw(columns, x.shape[1], count, generator)]
+            y = wide.T @ wide[:, _draw(columns, x.shape[1], count, generator, x.device)]
         else:
             rows = wide.square().sum(1) if self.weights == "norm2" else None
-            y = wide[_draw(rows, x.shape[0], count, generator)].T
+            y = wide[_draw(rows, x.shape[0], count, generator, x.device)].T
         return _refine(wide, y, min(rank, *x.shape), self.power)
 
 
@@ -205,9 +205,11 @@ def _whole(x: Tensor, rank: int) -> Tensor | None:
     return orthonormalise(x.T) if rank >= tokens else None
 
 
-def _draw(energies: Tensor | None, total: int, count: int, generator: torch.Generator) -> Tensor:
+def _draw(
+    energies: Tensor | None, total: int, count: int, generator: torch.Generator, device: torch.device
+) -> Tensor:
     """`count` distinct indices below `total`, uniform or in proportion to `energies`, without waiting for them."""
-    keys = torch.rand(total, device=generator.device, generator=generator).clamp_min_(1e-20)
+    keys = torch.rand(total, device=device, generator=generator).clamp_min_(1e-20)
     keys = keys.log_().neg_().log_().neg_()
     if energies is not None:  # Gumbel top-k; zero energies sort last
         keys += energies.to(keys.dtype).clamp_min(1e-30).log()

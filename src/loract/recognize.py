@@ -14,11 +14,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes  # pyright: ignore[reportPrivateUsage]
 
+from loract.device import agree, has_values
 from loract.functions.norm import NormRole
 from loract.policy import Kind, Site
 
 PROBE_TOKENS = 4
+PROBE_SCALES = (1e-3, 1, 30)
+"""Sizes of a norm's inputs: the small one shows its eps."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,12 +74,17 @@ class Recognised:
 
 
 def recognize(model: nn.Module) -> Recognised:
-    """Find the sites of a model in module order."""
+    """Find the sites of a model in module order.
+
+    A model on the meta device has no values to compare: norms are then judged by random ones, the rest by structure.
+    Where only some parameters are there, they have been offloaded, and their modules are left alone.
+    """
     out = Recognised()
+    offloaded = not all(p.is_meta for p in model.parameters())
     inside_gated: set[int] = set()
     seen: set[int] = set()
     for name, module in model.named_modules():
-        if id(module) in seen or any(p.is_meta for p in module.parameters(recurse=False)):
+        if id(module) in seen or (offloaded and any(p.is_meta for p in module.parameters(recurse=False))):
             continue
         seen.add(id(module))
         for kind, find in _FINDERS:
@@ -119,27 +128,31 @@ def find_norm(module: nn.Module) -> NormRole | str | None:
     if len({own[n].shape for n in vectors}) > 1:
         return None
     features = own[vectors[0]].shape[0]
-    twin = copy.deepcopy(module).float().requires_grad_(False)
-    generator = torch.Generator().manual_seed(0)
-    device = own[vectors[0]].device
-    for parameter in twin.parameters():
-        parameter.copy_((torch.rand(features, generator=generator) + 0.5).to(device))
-    probes = [torch.randn(PROBE_TOKENS, features, generator=generator).to(device) * s + 0.1 * s for s in (1e-3, 1, 30)]
-    try:
-        with torch.no_grad():
+    twin = copy.deepcopy(module)
+    like = own[vectors[0]]
+    device = like.device if has_values(like) else torch.device("cpu")
+    with _disable_current_modes(), torch.no_grad():
+        generator = torch.Generator().manual_seed(0)
+        for name in own:
+            value = (torch.rand(features, generator=generator) + 0.5).to(device)
+            twin.register_parameter(name, nn.Parameter(value, requires_grad=False))
+        twin.float()
+        draws = [torch.randn(PROBE_TOKENS, features, generator=generator).to(device) for _ in PROBE_SCALES]
+        probes = [draw * scale + 0.1 * scale for draw, scale in zip(draws, PROBE_SCALES, strict=True)]
+        try:
             outputs = [twin(p) for p in probes]
-    except Exception:
-        if looks:
-            raise
-        return None
-    if any(not isinstance(y, Tensor) or y.shape != p.shape for y, p in zip(outputs, probes, strict=True)):
-        return None
-    values = dict(twin.named_parameters())
-    bias_first = sorted(vectors, key=lambda n: "bias" in n or "beta" in n)
-    for role in _norm_candidates(module, bias_first):
-        if all(_close(_norm_value(role, values, p), y) for p, y in zip(probes, outputs, strict=True)):
-            return role
-    return "not the value of any known norm" if looks else None
+        except Exception:
+            if looks:
+                raise
+            return None
+        if any(not isinstance(y, Tensor) or y.shape != p.shape for y, p in zip(outputs, probes, strict=True)):
+            return None
+        values = dict(twin.named_parameters())
+        bias_first = sorted(vectors, key=lambda n: "bias" in n or "beta" in n)
+        for role in _norm_candidates(module, bias_first):
+            if all(_close(_norm_value(role, values, p), y) for p, y in zip(probes, outputs, strict=True)):
+                return role
+        return "not the value of any known norm" if looks else None
 
 
 def _norm_candidates(module: nn.Module, names: list[str]) -> Iterator[NormRole]:
@@ -207,17 +220,17 @@ def find_activation(module: nn.Module) -> ActivationRole | None:
     """A leaf without state that acts element by element and draws nothing."""
     if not _parameterless(module) or isinstance(module, (nn.Identity, nn.Dropout, nn.Flatten)):
         return None
-    with torch.no_grad(), preserved(module, training=True):
+    with _disable_current_modes(), torch.no_grad(), preserved(module, training=True):
         x = torch.randn(PROBE_TOKENS, 8, generator=torch.Generator().manual_seed(0))
         state = torch.get_rng_state()
         try:
             y, z = module(x), module(x.flip(0, 1).reshape(8, PROBE_TOKENS))
         except (TypeError, RuntimeError, ValueError, AttributeError, NotImplementedError, IndexError, AssertionError):
             return None
-    if not isinstance(y, Tensor) or y.shape != x.shape or y.dtype != x.dtype or torch.equal(y, x):
-        return None
-    drew = not torch.equal(state, torch.get_rng_state())
-    return None if drew or not torch.equal(z.reshape(x.shape).flip(0, 1), y) else ActivationRole()
+        if not isinstance(y, Tensor) or y.shape != x.shape or y.dtype != x.dtype or torch.equal(y, x):
+            return None
+        drew = not torch.equal(state, torch.get_rng_state())
+        return None if drew or not torch.equal(z.reshape(x.shape).flip(0, 1), y) else ActivationRole()
 
 
 def find_attention(module: nn.Module) -> AttentionRole | None:
@@ -260,7 +273,7 @@ def same_forward(module: nn.Module, ours: Callable[..., Tensor], theirs: Callabl
             for forward in (ours, theirs):
                 with preserved(module, training=training), torch.set_grad_enabled(grad):
                     values.append(forward(probe(module, features).requires_grad_(grad)))
-            if not torch.equal(*values):
+            if not agree(*values):
                 return False
     return True
 

@@ -18,12 +18,13 @@ from torch import Tensor, nn
 from loract.arguments import Draws, Parts, Rebuild, Rest, parts
 from loract.attention import Blockwise
 from loract.codecs.base import Packed
+from loract.device import agree, generator, has_values, holds
 from loract.functions.adapted import adapted_linear, in_place, merge, single_adapter
 from loract.functions.base import Autocast
 from loract.functions.checkpoint import TOKENS, Again
 from loract.functions.linear import dense_weight, supplied_linear
 from loract.saved import Index, Ledger
-from loract.watch import Watch
+from loract.watch import Mixing, Watch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,7 +145,7 @@ class Region:
 
         def forward(x: Tensor, *args: Any, **kwargs: Any) -> Any:
             routing = self._routing
-            known = not args and not kwargs and not torch.is_autocast_enabled(x.device.type)
+            known = not args and not kwargs and not Autocast.of(x).enabled
             adapter = single_adapter(layer) if known else None
             if adapter is None or (routing is not None and routing.watch is not None):
                 return original(x, *args, **kwargs)
@@ -218,6 +219,10 @@ class Region:
         x = tensors[0]
         if len(tensors) != 1 or x.dim() != 3 or x.shape[:-1].numel() < 2:
             return False
+        if not has_values(x):
+            with torch.no_grad(), Mixing() as mixing:
+                self._run(rebuild, tensors)
+            return not mixing.found
         with self._lock, self._aliased(_shaken), torch.no_grad():
             (whole,) = self._run(rebuild, tensors).tensors
             try:
@@ -232,7 +237,7 @@ class Region:
         # Products of other shapes round otherwise.
         tolerance = torch.finfo(whole.dtype).eps ** 0.75
         difference = (part.reshape(whole.shape) - whole).float().norm()
-        return bool(difference <= tolerance * whole.float().norm())
+        return holds(difference <= tolerance * whole.float().norm())
 
     def _state(self) -> tuple[object, ...]:
         """What else decides how the module runs: training flags, dropout, what trains, the adapters in force."""
@@ -285,12 +290,12 @@ class _Routing:
 def _equal(a: Tensor, b: Tensor) -> bool:
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
-    return torch.equal(a, b) or bool(((a == b) | ((a != a) & (b != b))).all())
+    return agree(a, b) or holds(((a == b) | ((a != a) & (b != b))).all())
 
 
 def _shaken(parameter: Tensor) -> Tensor:
-    generator = torch.Generator(parameter.device).manual_seed(0)
-    noise = torch.empty_like(parameter).uniform_(-0.5, 0.5, generator=generator)
+    draws = generator(parameter.device, 0)
+    noise = torch.empty_like(parameter).uniform_(-0.5, 0.5, generator=draws)
     return parameter.detach() + noise
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import ctypes
 import hashlib
 import threading
 from collections.abc import Generator, Mapping
@@ -15,6 +17,7 @@ from torch.utils.weak import WeakIdKeyDictionary, WeakTensorKeyDictionary
 
 from loract.codecs import Codec, Exact, Packed, State
 from loract.codecs.base import Delayed
+from loract.device import agree, generator
 from loract.errors import Uncopied
 from loract.functions.base import no_autocast
 from loract.policy import Site
@@ -132,7 +135,8 @@ class RunningSite(Uncopied):
     step: int = 0
     state: State = field(default_factory=State)
     error: Delayed = field(default_factory=Delayed)
-    verified: set[object] = field(default_factory=lambda: set[object]())
+    verified: dict[object, bool] = field(default_factory=lambda: dict[object, bool]())
+    """What comparing values once has shown, by kind of call: a comparison waits for the device."""
     stats: SiteStats = field(init=False)
 
     def __post_init__(self) -> None:
@@ -188,10 +192,8 @@ class RunningSite(Uncopied):
         """Whether `packed` gives x back bit for bit: compared at the first call of a kind alone, as it waits."""
         kind = (packed.shape, packed.dtype, x.grad_fn is None)
         if kind not in self.verified:
-            if not torch.equal(packed.decode().reshape(x.shape), x):
-                return False
-            self.verified.add(kind)
-        return True
+            self.verified[kind] = agree(packed.decode().reshape(x.shape), x)
+        return self.verified[kind]
 
     def keep(self, *tensors: Tensor) -> None:
         """Count tensors kept for backward."""
@@ -211,6 +213,7 @@ class RunningSite(Uncopied):
             "rank": self.state.rank,
             "spectrum": None if spectrum is None else spectrum.tolist(),
             "dtype": None if spectrum is None else str(spectrum.dtype).removeprefix("torch."),
+            "memory": {name: _as_json(value) for name, value in self.state.memory.items()},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -218,7 +221,27 @@ class RunningSite(Uncopied):
         self.step, self.state = int(state["step"]), State(rank=state["rank"])
         if state["spectrum"] is not None:
             self.state.spectrum.write(torch.tensor(state["spectrum"], dtype=getattr(torch, state["dtype"])))
+        self.state.memory = {name: _from_json(value) for name, value in state["memory"].items()}
 
     def _generator(self, device: torch.device) -> torch.Generator:
         key = hashlib.blake2b(f"{self.seed}/{self.step}/{self.site.name}".encode(), digest_size=7).digest()
-        return torch.Generator(device).manual_seed(int.from_bytes(key, "big"))
+        return generator(device, int.from_bytes(key, "big"))
+
+
+def _as_json(value: Any) -> Any:
+    """A number, a tuple of numbers as a list, or a tensor as its bytes in base64."""
+    if not isinstance(value, Tensor):
+        return value
+    host = value.detach().cpu().contiguous()
+    raw = ctypes.string_at(host.data_ptr(), host.nbytes)
+    dtype = str(host.dtype).removeprefix("torch.")
+    return {"bytes": base64.b64encode(raw).decode("ascii"), "dtype": dtype, "shape": list(host.shape)}
+
+
+def _from_json(value: Any) -> Any:
+    """The inverse, with tensors on the host."""
+    if isinstance(value, dict):
+        kept: dict[str, Any] = value  # pyright: ignore[reportUnknownVariableType]
+        raw = torch.frombuffer(bytearray(base64.b64decode(kept["bytes"])), dtype=torch.uint8)
+        return raw.view(getattr(torch, kept["dtype"])).reshape(kept["shape"])
+    return tuple(value) if isinstance(value, list) else value  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]

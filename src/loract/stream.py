@@ -175,6 +175,8 @@ class Entry:
     encode: Encode
     version: int
     """Of x when the norm read it."""
+    layer: int | None = None
+    """Where the norm is."""
     code: Packed | None = None
     chain: Chain | None = None
     position: int = 0
@@ -308,15 +310,16 @@ class Streams:
     def __init__(self) -> None:
         self._thread = threading.local()
 
-    def enter(self, x: Tensor, encode: Encode) -> Streamed:
-        """What stands for x (..., n), the input of a norm."""
+    def enter(self, x: Tensor, encode: Encode, layer: int | None = None) -> Streamed:
+        """What stands for x (..., n), the input of a norm in a layer."""
         flat = x.detach().reshape(-1, x.shape[-1])
         kind = ((flat.shape[0], flat.shape[1]), x.dtype, x.device)
         node: Any = x.grad_fn
         known = None if node is None else _marked(node, x.output_nr)
         if known is not None and known.kind == kind and known.known:
             return Streamed(entry=known)  # parallel branches read one sum
-        entry = Entry(x=flat, kind=kind, encode=encode, version=0 if flat.is_inference() else flat._version)
+        version = 0 if flat.is_inference() else flat._version
+        entry = Entry(x=flat, kind=kind, encode=encode, version=version, layer=layer)
         with torch.no_grad():
             self._place(entry, flat, node)
         if node is None:
@@ -335,7 +338,7 @@ class Streams:
 
     def _place(self, entry: Entry, flat: Tensor, node: Any) -> None:
         recent = self._recent()
-        previous = self._previous(node)
+        previous = self._previous(node, entry.layer)
         if previous is None or previous.kind != entry.kind:
             for norm_input in _norms(node):  # its output is added to something that is no stack
                 norm_input.settle()
@@ -355,14 +358,15 @@ class Streams:
             if (other := recent.popleft()()) is not None:
                 other.settle()
 
-    def _previous(self, node: Any) -> Entry | None:
+    def _previous(self, node: Any, layer: int | None) -> Entry | None:
         """The position that this sum continues."""
         start: Entry | None = getattr(self._thread, "start", lambda: None)()
         for before, index in _summands(node):
             if before is not None:
                 found = _marked(before, index)
             else:  # what needs no gradient leaves no trace in the graph: the last such input, while it is the end
-                found = start if start is not None and start.ends else None
+                # A norm before the first layer is the embeddings' own, and what goes on is its output.
+                found = start if start is not None and start.ends and start.layer == layer else None
             if found is not None:
                 return found
         return None

@@ -55,6 +55,38 @@ _INPUT = -1
 """The mark of values that derive from the inputs; the others are labels."""
 
 
+_BY_TOKEN = {
+    _aten.mm.default,
+    _aten.addmm.default,
+    _aten.t.default,
+    _aten.clone.default,
+    _aten._to_copy.default,
+    _aten._unsafe_view.default,
+    _aten.empty_like.default,
+    _aten.mean.dim,
+    _aten.sum.dim_IntList,
+    _aten.var_mean.correction,
+    _aten.linalg_vector_norm.default,
+    _aten.native_layer_norm.default,
+    _aten._fused_rms_norm.default,
+}
+"""Operators that treat rows of (tokens, features) each by itself, besides views and elementwise ones."""
+
+
+class Mixing(TorchDispatchMode):
+    """Whether a run may mix tokens or draw, by its operators alone: what is not known to act on each by itself may."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        tags = func.tags
+        alone = func.is_view or func.namespace == "prim" or func in _BY_TOKEN or torch.Tag.pointwise in tags
+        self.found |= not alone or torch.Tag.nondeterministic_seeded in tags
+        return func(*args, **(kwargs or {}))
+
+
 class Watch(TorchDispatchMode):
     """Follows values through a run, by storage.
 
@@ -89,7 +121,7 @@ class Watch(TorchDispatchMode):
         given = [t for t in tree_flatten((args, kwargs))[0] if isinstance(t, Tensor)]
         marks = frozenset[int]().union(*map(self._of, given))
         out = func(*args, **kwargs)
-        if func in _SHAPES or func.is_view:
+        if func in _SHAPES or func.is_view or func.namespace == "prim":  # prim: which device, which layout
             return out  # a view shares its storage, and so its marks
         self.decides |= _INPUT in marks and func in _DECISIONS
         if not self._blind(func, given):

@@ -13,6 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from loract.device import has_values
 from loract.linalg import promote, row_chunks
 
 
@@ -128,8 +129,10 @@ class Delayed:
         self._event: torch.cuda.Event | None = None
 
     def write(self, value: Tensor) -> None:
-        """Start copying `value` to the host."""
+        """Start copying `value` to the host; a tensor without values never arrives."""
         value = value.detach()
+        if not has_values(value):
+            return
         if value.is_cuda:
             host = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
             host.copy_(value, non_blocking=True)

@@ -15,6 +15,7 @@ from loract.bounds import posterior_error, posterior_floor
 from loract.codecs.base import Packed, State, Stored, bind_all, tokens_features
 from loract.codecs.exact import Exact
 from loract.codecs.quantized import Quantized
+from loract.device import generator as seeded
 from loract.errors import InvalidSpec
 from loract.linalg import promote, row_chunks, row_energies, squared_norm
 from loract.rangefinder import RangeFinder, Sampled, resolve_rank
@@ -90,7 +91,7 @@ class LowRank:
         if self.guard and not self._shrinks(rank, tokens, features, x.dtype):
             return Exact().encode(x)
         x = x.detach().reshape(tokens, features)
-        generator = generator or torch.Generator(x.device).manual_seed(0)
+        generator = generator or seeded(x.device, 0)
         energies = row_energies(x)
         basis = self.sampler.basis(x, rank, generator, energies=energies)
         kept = basis.to(x.dtype)

@@ -14,6 +14,7 @@ from torch import Tensor
 from loract.bitpack import absmax, low_byte, pack, unpack
 from loract.codecs.base import Packed, State, Stored, tokens_features
 from loract.codecs.exact import Exact, ExactFeatures, ExactTokens
+from loract.device import generator as seeded
 from loract.errors import InvalidSpec
 from loract.linalg import promote, row_chunks, row_energies
 
@@ -112,7 +113,7 @@ class Quantized:
             return Exact().encode(x)
         x = x.detach().reshape(tokens, features)
         if self.stochastic and generator is None:
-            generator = torch.Generator(x.device).manual_seed(0)
+            generator = seeded(x.device, 0)
         if self.scale == "channel":
             return self._by_channel(x, generator)
         count = self._outliers(features)

@@ -13,11 +13,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes  # pyright: ignore[reportPrivateUsage]
 
 from loract.bitpack import pack, unpack
 from loract.bounds import posterior_floor
 from loract.codecs.base import Packed, State, Stored, tokens_features
 from loract.codecs.exact import Exact
+from loract.device import generator as seeded
+from loract.device import has_values
 from loract.errors import InvalidSpec
 from loract.linalg import CHUNK_ELEMENTS, gram, leading_eigenvectors, promote, row_chunks, row_energies
 from loract.rangefinder import RangeFinder, Sampled
@@ -114,7 +117,7 @@ class Transform:
             coefficients = _project(x, _unpacked(basis, scale, features, self.basis_bits).T)
             variances = _variances(coefficients)
         else:
-            generator = generator or torch.Generator(x.device).manual_seed(0)
+            generator = generator or seeded(x.device, 0)
             count = min(sum(widths or self._default(x)), tokens, features)
             p, variances = self._basis(x, count, generator, energies, state.memory)
             known = variances is not None
@@ -165,12 +168,14 @@ class Transform:
             for key in ("basis", "scale"):  # one of NaN would poison its successors
                 memory.pop(key, None)
             seen = None
-        if "basis" in memory and (memory["basis"].device != x.device or memory["features"] != x.shape[1]):
+        if "basis" in memory and memory["features"] != x.shape[1]:
             del memory["basis"], memory["scale"]
+        elif "basis" in memory and memory["basis"].device != x.device:  # of a model that moved, or of a checkpoint
+            memory.update({key: memory[key].to(x.device) for key in ("basis", "scale")})
         if "widths" in memory and (seen is None or self._fresh(state)) and self._fits(x, memory["widths"]):
             return memory["widths"]
         if seen is None:
-            return None if x.is_cpu else self._default(x)
+            return None if x.is_cpu and has_values(x) else self._default(x)
         aim = self.target_error
         if aim is not None:
             # Data that are not Gaussian miss the prediction by a factor that lasts: correct half of it a step.
@@ -397,7 +402,7 @@ def _bytes(widths: Sequence[int], tokens: int, features: int, basis_bits: int) -
 @lru_cache(maxsize=4096)
 def _default(bits: float, tokens: int, features: int, basis_bits: int) -> tuple[int, ...]:
     """Widths for a spectrum that nobody has seen."""
-    with torch.device("cpu"):
+    with _disable_current_modes(), torch.device("cpu"):
         variances = torch.arange(1, features + 1, dtype=torch.float64) ** -DEFAULT_DECAY
         return _allocated(variances, tokens, features, basis_bits, bits=bits)
 
@@ -436,7 +441,7 @@ def _allocated(
         taken = int((left > aim**2 * everything).sum()) + 1
     if budget is not None:
         taken = min(taken, int((costs[kind].cumsum(0) <= 8 * budget).sum()))
-    taken = max(taken, 1)
+    taken = min(max(taken, 1), len(gains))  # an aim may be out of reach
     reached = torch.bincount(kind[:taken], minlength=len(ladder)).tolist()
     at = dict.fromkeys(BANDS, 0) | {b: number for (_, b), number in zip(ladder, reached)}
     ends = [max(at[b] for b in BANDS[: i + 1]) for i in range(len(BANDS))]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from loract.codecs.base import Packed, bind_all, unbound
+from loract.device import autocast_type
 
 Forward = Callable[..., Any]
 """A module's own forward: functions obtain their output by running it, so that values never change."""
@@ -39,7 +40,7 @@ class Autocast:
     @classmethod
     def of(cls, x: Tensor) -> Autocast:
         """The state now, for x's device."""
-        kind = x.device.type
+        kind = autocast_type(x)
         return cls(device_type=kind, enabled=torch.is_autocast_enabled(kind), dtype=torch.get_autocast_dtype(kind))
 
     def wrap(self, function: Forward) -> Forward:
@@ -54,4 +55,4 @@ class Autocast:
 
 def no_autocast(x: Tensor) -> torch.autocast:
     """Backward formulas choose their own precision."""
-    return torch.autocast(x.device.type, enabled=False)
+    return torch.autocast(autocast_type(x), enabled=False)

@@ -15,7 +15,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from loract.codecs.base import Packed
-from loract.functions.base import load, no_autocast, save
+from loract.functions.base import Autocast, load, no_autocast, save
 from loract.linalg import promote
 
 
@@ -56,8 +56,8 @@ def supplied_linear(x: Tensor, weight: Tensor, bias: Tensor | None, packed: Pack
 class _Supplied(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, packed: Packed | None, read: bool) -> Tensor:
-        kind = x.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+        autocast = Autocast.of(x)
+        dtype = autocast.dtype if autocast.enabled else weight.dtype
         shape = (*x.shape[:-1], weight.shape[0])
         if read:
             assert packed is not None
