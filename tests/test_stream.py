@@ -116,7 +116,7 @@ def test_presets(family, name):
         found = tiny.error(plain(model, batch), exact)
         assert any(s.kind == "stream" and s.coded for s in handle.stats())
     assert after < inputs < before
-    assert 0 < found < {"balanced": 0.03, "smallest": 0.3}[name]
+    assert 0 < found < {"balanced": 0.06, "smallest": 0.3}[name]
 
 
 def test_kinds_in_bf16():
@@ -137,7 +137,7 @@ def test_a_sandwich_norm_keeps_its_statistics_alone():
             assert size == 4 * tokens  # rstd in fp32
         elif name.startswith("layers.1.") and "_norm" not in name:
             # rstd, codes, one scale a channel, and the tokens kept as they are with their numbers
-            assert size == 4 * tokens + tokens * 64 + 4 * 64 + 16 * (64 * 4 + INDEX)
+            assert size == 4 * tokens + tokens * 64 * 7 // 8 + 4 * 64 + 16 * (64 * 4 + INDEX)
 
 
 def test_channels_that_a_sandwich_norm_switches_off():
@@ -152,14 +152,18 @@ def test_channels_that_a_sandwich_norm_switches_off():
 
 def test_a_norm_after_the_sum_is_coded_by_itself():
     """BERT has no stream: every input but the last is coded, and no sum is kept."""
+    def chains():
+        return {id(o) for o in gc.get_objects() if type(o) is Chain}
+
     model, batch = tiny.build("bert")
+    before = chains()
     with loract.attach(model, "balanced") as handle:
         loss = score(model, batch)
         sizes = [s.bytes_after for s in handle.stats() if s.kind == "stream"][1:]
-        assert not [o for o in gc.get_objects() if type(o) is Chain]
+        assert chains() <= before
         del loss
     tokens = batch["input_ids"].numel()
-    coded = 8 * tokens + tokens * 64 + 4 * 64 + 16 * (64 * 4 + INDEX)
+    coded = 4 * tokens + tokens * 64 * 7 // 8 + 4 * 64 + 16 * (64 * 4 + INDEX)
     assert sizes[:-1] == [coded] * (len(sizes) - 1)
 
 
@@ -184,7 +188,7 @@ def test_parallel_branches_share_a_position():
     with loract.attach(model, "balanced") as handle:
         assert tiny.error(plain(model, batch), exact) < 0.02
         second = [s.bytes_after for s in handle.stats() if s.name.endswith("layers.1.post_attention_layernorm")]
-    assert second == [8 * 64]  # its statistics: the codes are those of the norm beside it
+    assert second == [4 * 64]  # its statistics: the codes are those of the norm beside it
 
 
 def test_a_model_whose_every_parameter_trains():

@@ -31,6 +31,7 @@ ORDER = [
     "watch",
     "region",
     "residual",
+    "derived",
     "attach",
     "memory",
     "audit",

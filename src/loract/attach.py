@@ -7,7 +7,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -18,6 +18,7 @@ from loract.arguments import Draws, Rebuild, activations, arguments, without_emp
 from loract.attention import ATTENTION, Coding, Keeping, register
 from loract.blocks import BlockRole, RegionRole, find_regions
 from loract.codecs import Codec, Exact, Packed
+from loract.derived import projected
 from loract.device import agree
 from loract.errors import LoractError, Uncopied, UnsupportedModule
 from loract.functions.adapter import adapter_product
@@ -60,13 +61,21 @@ class _Forward(Uncopied):
         return self.__wrapped__(*args, **kwargs)
 
 
+@dataclass
+class _AdapterCall:
+    """An adapter layer's input, and what is kept for it."""
+
+    x: Tensor
+    packed: Packed | None = None
+
+
 class Handle(Uncopied):
     """What `attach` returns. A context manager: leaving it detaches, also after an exception."""
 
     def __init__(self, model: nn.Module, policy: Policy, seed: int) -> None:
         """Recognise and patch; on any failure the model is left as it was."""
         self.model, self.policy, self.seed = model, policy, seed
-        self.index, self.ledger = Index(), Ledger()
+        self.index, self.derived, self.ledger = Index(), Index(), Ledger()
         self.residual, self.streams = Residual(), Streams()
         self.sites: list[RunningSite] = []
         self.left: list[tuple[str, str, str]] = []
@@ -194,20 +203,23 @@ class Handle(Uncopied):
         original = layer.forward
 
         def forward(x: Tensor, *args: Any, **kwargs: Any) -> Any:
-            stack = self._stack()
-            stack.append(x)
+            stack, call = self._stack(), _AdapterCall(x)
+            stack.append(call)
             try:
-                return original(x, *args, **kwargs)
+                out = original(x, *args, **kwargs)
             finally:
                 stack.pop()
+            if call.packed is not None and (derived := projected(layer, call.packed, out)) is not None:
+                self.derived.put(out, derived)
+            return out
 
         self._set(layer, "forward", forward)
         for name in role.adapters:
             a = layer.lora_A[name]
             self._set(a, "forward", self._adapter_forward(a, a.forward, layer.lora_dropout[name], site))
 
-    def _stack(self) -> list[Tensor]:
-        """Inputs of the adapter layers being run by this thread."""
+    def _stack(self) -> list[_AdapterCall]:
+        """The adapter layers being run by this thread."""
         if not hasattr(self._inputs, "stack"):
             self._inputs.stack = []
         return self._inputs.stack
@@ -222,8 +234,10 @@ class Handle(Uncopied):
             stack = self._stack()
             dropped = dropout.training and getattr(dropout, "p", 0.0) > 0
             # Before PEFT's cast the tensor is the one that the other projections and the norm know.
-            source = stack[-1] if stack and not dropped and stack[-1].shape == x.shape else x
-            return adapter_product(x, a.weight, site.share(source), original)
+            if not stack or dropped or stack[-1].x.shape != x.shape:
+                return adapter_product(x, a.weight, site.share(x), original)
+            packed = stack[-1].packed = site.share(stack[-1].x)
+            return adapter_product(x, a.weight, packed, original)
 
         return forward
 
@@ -247,9 +261,14 @@ class Handle(Uncopied):
                 return original(x)
             site.begin(_norm_bytes(x, role))
             lossy = site.lossy(x)
-            encode = site.encode if lossy else partial(self._norm_input, site)
-            call = NormCall(role=role, forward=original, lossy=lossy, encode=encode)
+            if lossy and (derived := self.derived.get(x)) is not None:
+                call = NormCall(role=role, forward=original, lossy=False, encode=lambda _: derived, statistics=True)
+            else:
+                encode = site.encode if lossy else partial(self._norm_input, site)
+                call = NormCall(role=role, forward=original, lossy=lossy, encode=encode)
             y = norm(x, weight, bias, call)
+            if call.rstd is not None:
+                site.keep(call.rstd)
             if call.output is not None:
                 self.index.put(y, call.output)
             return y
@@ -265,7 +284,8 @@ class Handle(Uncopied):
         call = NormCall(role=role, forward=original, lossy=False, encode=lambda _: streamed, statistics=True)
         y = norm(x, weight, bias, call)
         assert call.output is not None
-        site.keep(*(t for t in (call.rstd, call.mean) if t is not None))
+        assert call.rstd is not None
+        site.keep(call.rstd)
         scale = role.scale(None if weight is None else weight.detach())
         self.streams.output(y, streamed.entry, scale=scale, bias=bias, rstd=call.rstd, mean=call.mean)
         self.index.put(x, streamed)

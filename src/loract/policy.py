@@ -149,7 +149,7 @@ def _streamed(name: str, step: Quantized, *others: Rule) -> Policy:
 
 _STEP = Quantized(bits=8, scale="channel", outliers=16)
 _STREAMED = {
-    "balanced": _streamed("balanced", _STEP),
+    "balanced": _streamed("balanced", replace(_STEP, bits=7)),
     "fast": _streamed("fast", _STEP, Rule(kind="attention_output", codec=Quantized(bits=8))),
     "smallest": _streamed("smallest", replace(_STEP, bits=5)),
 }

@@ -44,6 +44,13 @@ class NormRole:
             return (variance + self.eps).rsqrt_(), mean
         return row_energies(x).div_(x.shape[-1]).add_(self.eps).rsqrt_()[:, None], None
 
+    def mean(self, x: Tensor) -> Tensor | None:
+        """Mean (N, 1) of x (N, n), where the norm centres.
+
+        Of an inexact x its own mean is the better one to take out: with it goes what the errors have in common.
+        """
+        return promote(x).mean(-1, keepdim=True) if self.centred else None
+
     def normalise(self, x: Tensor, rstd: Tensor, mean: Tensor | None) -> Tensor:
         """Xhat (N, n) in fp32 or wider."""
         return (promote(x) if mean is None else x - mean) * rstd
@@ -62,7 +69,7 @@ def metric(scale: Tensor | None) -> Tensor | None:
 class NormCall:
     """One call of a norm: how to run it, how to pack s * xhat (lossy) or x, and then what stands for its output.
 
-    `statistics`: keep rstd and mean, because x will come back inexact.
+    `statistics`: keep rstd, because x will come back inexact.
     """
 
     role: NormRole
@@ -127,7 +134,7 @@ class _Norm(Function):
             call.output = normalised(packed, call.forward, x, y.dtype)
             ctx.loract_output = unbound(call.output)
         packed.reserve()
-        save(ctx, (packed,), weight, rstd, None if call.lossy else mean)
+        save(ctx, (packed,), weight, rstd)
         return y
 
     @staticmethod
@@ -135,7 +142,7 @@ class _Norm(Function):
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride] (the decorator hides the names)
         ctx: Any, grad: Tensor
     ) -> tuple[Tensor | None, ...]:
-        (packed,), (weight, rstd, mean) = load(ctx)
+        (packed,), (weight, rstd) = load(ctx)
         role, (shape, dtype) = ctx.role, ctx.like
         with no_autocast(grad), unwidened():
             grad = grad.reshape(-1, shape[-1])
@@ -148,7 +155,7 @@ class _Norm(Function):
                     assert rstd is not None
                     xhat, r = x, rstd[part]
                 else:
-                    r, m = role.statistics(x) if rstd is None else (rstd[part], None if mean is None else mean[part])
+                    r, m = role.statistics(x) if rstd is None else (rstd[part], role.mean(x))
                     xhat = role.normalise(x, r, m)
                 gw = promote(g) if scale is None else g * scale
                 if grad_weight is not None:
