@@ -19,7 +19,7 @@ from loract.attention import ATTENTION, Coding, Keeping, register
 from loract.blocks import BlockRole, RegionRole, find_regions
 from loract.codecs import Codec, Exact, Packed
 from loract.derived import projected
-from loract.device import agree
+from loract.device import agree, has_values
 from loract.errors import LoractError, Uncopied, UnsupportedModule
 from loract.functions.adapter import adapter_product
 from loract.functions.base import Autocast
@@ -455,7 +455,7 @@ def _attention_output(site: RunningSite, x: Tensor) -> Packed:
 def _observe(item: Found) -> list[Tensor]:
     """Values of a module on a probe in training and evaluation, with gradients on and off."""
     features = _probe_features(item)
-    if features is None:
+    if features is None or not all(map(has_values, item.module.parameters())):
         return []
     values: list[Tensor] = []
     for training in (True, False):

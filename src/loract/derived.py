@@ -19,7 +19,7 @@ def projected(layer: Any, packed: Packed, out: Tensor) -> Packed | None:
     """What stands for out = layer(x), for the packed x; None where M is not known for certain."""
     base, adapter = layer.base_layer, single_adapter(layer)
     weight = dense_weight(base)
-    if adapter is None or weight is None or weight.requires_grad:
+    if (packed.lossy and not packed.factored) or adapter is None or weight is None or weight.requires_grad:
         return None
 
     def value(x: Packed) -> Tensor:

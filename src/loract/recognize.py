@@ -132,12 +132,12 @@ def find_norm(module: nn.Module) -> NormRole | str | None:
     like = own[vectors[0]]
     device = like.device if has_values(like) else torch.device("cpu")
     with _disable_current_modes(), torch.no_grad():
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator("cpu").manual_seed(0)
         for name in own:
-            value = (torch.rand(features, generator=generator) + 0.5).to(device)
+            value = (torch.rand(features, generator=generator, device="cpu") + 0.5).to(device)
             twin.register_parameter(name, nn.Parameter(value, requires_grad=False))
         twin.float()
-        draws = [torch.randn(PROBE_TOKENS, features, generator=generator).to(device) for _ in PROBE_SCALES]
+        draws = [_normal(PROBE_TOKENS, features, generator=generator).to(device) for _ in PROBE_SCALES]
         probes = [draw * scale + 0.1 * scale for draw, scale in zip(draws, PROBE_SCALES, strict=True)]
         try:
             outputs = [twin(p) for p in probes]
@@ -221,7 +221,7 @@ def find_activation(module: nn.Module) -> ActivationRole | None:
     if not _parameterless(module) or isinstance(module, (nn.Identity, nn.Dropout, nn.Flatten)):
         return None
     with _disable_current_modes(), torch.no_grad(), preserved(module, training=True):
-        x = torch.randn(PROBE_TOKENS, 8, generator=torch.Generator().manual_seed(0))
+        x = _normal(PROBE_TOKENS, 8)
         state = torch.get_rng_state()
         try:
             y, z = module(x), module(x.flip(0, 1).reshape(8, PROBE_TOKENS))
@@ -282,9 +282,14 @@ def probe(module: nn.Module, features: int) -> Tensor:
     """A fixed random input (1, tokens, features) in the dtype and on the device that the module works in."""
     parameters = [p for p in module.parameters() if p.is_floating_point()]
     base = [p for n, p in module.named_parameters() if p.is_floating_point() and "lora_" not in n]
-    like = (base or parameters or [torch.empty(0)])[0]
-    x = torch.randn(1, PROBE_TOKENS, features, generator=torch.Generator().manual_seed(0))
+    like = (base or parameters or [torch.empty(0, device="cpu")])[0]
+    x = _normal(1, PROBE_TOKENS, features)
     return x.to(device=like.device, dtype=like.dtype)
+
+
+def _normal(*shape: int, generator: torch.Generator | None = None) -> Tensor:
+    """A standard normal tensor on the CPU, whatever the default device is; of seed 0 if no generator is given."""
+    return torch.randn(*shape, generator=generator or torch.Generator("cpu").manual_seed(0), device="cpu")
 
 
 _REPACKS = "support_avx512bf16_for_cpu"
