@@ -1,11 +1,12 @@
 """Where the time of a step goes, part by part, and what each part would cost at this machine's limit.
 
 Every operator of forward and backward is timed under a dispatch mode. Its limit is the longer of two times: its FLOPs
-at the rate of a large matrix product in its dtype, its bytes at the rate of a copy that no cache holds. What finds its
-operands in a cache can be below its bytes' limit. CPU only: an accelerator returns before it has computed.
+at the rate of a large matrix product in its dtype, its bytes at the rate of a copy that no cache holds. It is the limit
+of these operators, not of one that does the work of several; what finds its operands in a cache can be below it. CPU
+only: an accelerator returns before it has computed.
 
-The clock costs time itself, all of it outside operators: the table gives the step without it too. Where products are
-widened to fp32, it sees the casts and the wide products. Finished measurements are kept: a rerun does the rest.
+The clock costs time itself, nearly all of it outside operators: the table gives the step without it too. Where products
+are widened to fp32, it sees the casts and the wide products. Finished measurements are kept: a rerun does the rest.
 """
 
 from __future__ import annotations
@@ -120,7 +121,11 @@ def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
-    return sum(t.element_size() * math.prod(n for n, s in zip(t.shape, t.stride()) if s or not n) for t in tensors)
+    return sum(t.nbytes if 0 not in t.stride() else _broadcast_bytes(t) for t in tensors)
+
+
+def _broadcast_bytes(t: Tensor) -> int:
+    return t.element_size() * math.prod(n for n, stride in zip(t.shape, t.stride()) if stride or not n)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,22 +146,19 @@ class Rates:
 def measured_rates(dtype: torch.dtype, *, size: int = 2048, copied: int = 1 << 28, times: int = 7) -> Rates:
     """Medians of products (size, size) in `dtype` and in fp32, and of copies of so many bytes."""
     rates: dict[str, float] = {}
-    for each in (dtype, torch.float32):
+    for each in dict.fromkeys((dtype, torch.float32)):
         a, b = (torch.randn(size, size, generator=torch.Generator().manual_seed(i)).to(each) for i in range(2))
         with _products(each):
-            rates[_short(each)] = 2 * size**3 / _median_seconds(functools.partial(torch.mm, a, b), times)
+            seconds = [_seconds(torch.mm, a, b) for _ in range(times)]
+        rates[_short(each)] = 2 * size**3 / statistics.median(seconds)
     source, target = torch.ones(2, copied, dtype=torch.uint8)
-    return Rates(products=rates, bandwidth=2 * copied / _median_seconds(lambda: target.copy_(source), times))
+    seconds = [_seconds(target.copy_, source) for _ in range(times)]
+    return Rates(products=rates, bandwidth=2 * copied / statistics.median(seconds))
 
 
-def _median_seconds(run: Callable[[], object], times: int) -> float:
-    run()
-    return statistics.median(_seconds(run) for _ in range(times))
-
-
-def _seconds(run: Callable[[], object]) -> float:
+def _seconds(run: Callable[..., object], *args: object) -> float:
     start = time.perf_counter()
-    run()
+    run(*args)
     return time.perf_counter() - start
 
 
@@ -189,14 +191,18 @@ class Clock(TorchDispatchMode):
         self.rates, self.parts = rates, {part: Spent() for part in PARTS}
         self._inside: list[str | None] = [None]
 
-    @contextmanager
-    def inside(self, part: str | None) -> Generator[None]:
-        """Whatever runs meanwhile is of this part; None: it is of the part of its kind."""
-        self._inside.append(part)
-        try:
-            yield
-        finally:
-            self._inside.pop()
+    def marking(self, function: Callable[..., Any], part: str | None) -> Callable[..., Any]:
+        """The function, with whatever it runs counted to a part; None: to the part of its kind."""
+
+        @functools.wraps(function)
+        def inside(*args: Any, **kwargs: Any) -> Any:
+            self._inside.append(part)
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self._inside.pop()
+
+        return inside
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -220,32 +226,22 @@ def marked(clock: Clock) -> Generator[None]:
     with ExitStack() as stack:
         for owner, name, part in _marks():
             stack.callback(setattr, owner, name, vars(owner)[name])
-            setattr(owner, name, _marking(vars(owner)[name], clock, part))
+            setattr(owner, name, clock.marking(vars(owner)[name], part))
         yield
 
 
 def _marks() -> Iterator[tuple[Any, str, str | None]]:
     """Functions by owner and name, and the part that they are."""
-    for owner, name in ((RunningSite, "encode"), (Streams, "enter"), (Chain, "_walk"), (Entry, "decode")):
-        yield owner, name, CODING
+    yield from ((RunningSite, "encode", CODING), (Streams, "enter", CODING))
+    yield from ((Chain, "_walk", CODING), (Entry, "decode", CODING))
     for packed in _subclasses(Packed):
         if "decode" in vars(packed):  # what is rebuilt is not coded: norms, gates and products are what they are
             yield packed, "decode", None if issubclass(packed, Recomputed) else CODING
-    for name in ("output", "operand_gradients"):
-        yield attention, name, ATTENTION
+    yield from ((attention, name, ATTENTION) for name in ("plans_of", "output", "operand_gradients"))
 
 
 def _subclasses(of: type) -> set[type]:
     return set().union(*({each} | _subclasses(each) for each in of.__subclasses__()))
-
-
-def _marking(function: Callable[..., Any], clock: Clock, part: str | None) -> Callable[..., Any]:
-    @functools.wraps(function)
-    def inside(*args: Any, **kwargs: Any) -> Any:
-        with clock.inside(part):
-            return function(*args, **kwargs)
-
-    return inside
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -259,30 +255,25 @@ class Study:
         """Validate.
 
         Raises:
-            InvalidSpec: a size that is too small, a length that the model does not take, a method that runs compiled.
+            InvalidSpec: no rounds, a length that the model does not take, a method that runs compiled.
         """
-        for name in ("batch", "length", "rounds"):
-            if (value := getattr(self.settings, name)) < 1:
-                raise InvalidSpec(f"{name}={value}", "at least 1", f"raise --{name}")
-        model, length = job(self.settings.model), self.settings.length
+        rounds, length, model = self.settings.rounds, self.settings.length, job(self.settings.model)
+        if rounds < 1:
+            raise InvalidSpec(f"rounds={rounds}", "at least 1", "raise --rounds")
         if model.fixed_length and length != model.length:
             raise InvalidSpec(f"length={length}", f"{model.length}, its images' size", "leave --length out")
         for variant in self.variants:
             if variant.compiled:
                 raise InvalidSpec(f"method {variant.name!r}", "one that runs uncompiled", "leave it out")
 
-    def found(self, variant: Variant, journal: Journal) -> dict[str, dict[str, Any]]:
-        """Values by part, as far as they are known."""
-        known = {part: journal.get(self.key(variant, part)) for part in PARTS}
-        return {part: values for part, values in known.items() if values is not None}
-
     def key(self, variant: Variant, part: str) -> dict[str, Any]:
         """What identifies a measurement: settings, the policy's content and the machine."""
         return {**self.settings.key(variant, "time"), "part": part}
 
-    def missing(self, journal: Journal) -> list[Variant]:
-        """Methods that are still to be measured."""
-        return [variant for variant in self.variants if len(self.found(variant, journal)) < len(PARTS)]
+    def found(self, variant: Variant, journal: Journal) -> dict[str, dict[str, Any]]:
+        """Values by part, as far as they are known."""
+        known = {part: journal.get(self.key(variant, part)) for part in PARTS}
+        return {part: values for part, values in known.items() if values is not None}
 
 
 class Session:
@@ -309,10 +300,10 @@ class Session:
             clocked: list[tuple[float, Clock]] = []
             for _ in range(self.rounds):
                 self.tick(f"timing {variant.name}")
-                bare.append(_seconds(functools.partial(self._step, contender)))
+                bare.append(_seconds(self._step, contender))
                 clock = Clock(rates)
                 with marked(clock), clock:
-                    seconds = _seconds(functools.partial(self._step, contender))
+                    seconds = _seconds(self._step, contender)
                 clocked.append((seconds, clock))
         finally:
             contender.close()
@@ -334,13 +325,14 @@ def measure_missing(
 
     A run that goes on holds the rest against the rates that it found first.
     """
-    missing = study.missing(journal)
+    found = {variant.name: study.found(variant, journal) for variant in study.variants}
+    missing = [variant for variant in study.variants if len(found[variant.name]) < len(PARTS)]
     if not missing:
         return
     tick = Ticker(progress, 2 + WARM_STEPS + len(missing) * (1 + study.settings.rounds))
     tick("rates of the machine")
-    known = next((found[part] for v in study.variants for found in (study.found(v, journal),) for part in found), None)
-    rates = probe(parse_dtype(study.settings.dtype)) if known is None else Rates(**known["rates"])
+    known = [values["rates"] for parts in found.values() for values in parts.values()]
+    rates = Rates(**known[0]) if known else probe(parse_dtype(study.settings.dtype))
     session = Session(load, study.settings, tick)
     for variant in missing:
         for part, values in session.measure(variant, rates).items():
@@ -349,12 +341,15 @@ def measure_missing(
 
 def table(study: Study, journal: Journal) -> str:
     """A table a method in Markdown, a row a part."""
-    return "\n".join(_table(variant, study.found(variant, journal)) for variant in study.variants)
+    found = {variant.name: study.found(variant, journal) for variant in study.variants}
+    rates = Rates(**found[study.variants[0].name][OUTSIDE]["rates"])
+    speeds = [f"{rate / 1e9:.3g} GFLOP/s in {dtype}" for dtype, rate in rates.products.items()]
+    head = f"Limits: {', '.join(speeds)}, {rates.bandwidth / 1e9:.3g} GB/s; {machine()['threads']} threads.\n"
+    return "\n".join((head, *(_table(name, parts) for name, parts in found.items())))
 
 
-def _table(variant: Variant, found: dict[str, dict[str, Any]]) -> str:
-    whole = found[OUTSIDE]
-    step, clocked, rates = whole["step_seconds"], whole["clocked_seconds"], Rates(**whole["rates"])
+def _table(name: str, found: dict[str, dict[str, Any]]) -> str:
+    step, clocked = (found[OUTSIDE][each] for each in ("step_seconds", "clocked_seconds"))
     limit = sum(values["limit_seconds"] for values in found.values())
     header = ["part", "s", "share", "GFLOP", "GB", "s at the limit", "measured / limit"]
     lines = [header, ["---"] + ["---:"] * (len(header) - 1)]
@@ -363,12 +358,8 @@ def _table(variant: Variant, found: dict[str, dict[str, Any]]) -> str:
         sizes = [f"{values['flops'] / 1e9:.3g}", f"{values['bytes'] / 1e9:.3g}"]
         ratio = f"{seconds / least:.2f}" if least else "-"
         lines.append([part, f"{seconds:.3g}", f"{100 * seconds / clocked:.1f} %", *sizes, f"{least:.3g}", ratio])
-    speeds = ", ".join(f"{rate / 1e9:.3g} GFLOP/s in {name}" for name, rate in rates.products.items())
-    return (
-        f"**{variant.name}**: {step:.3g} s a step, {limit:.3g} s at the limit ({speeds}, {rates.bandwidth / 1e9:.3g} "
-        f"GB/s; {machine()['threads']} threads). The clock makes it {clocked:.3g} s, all of it outside operators.\n\n"
-        f"{grid(lines)}"
-    )
+    head = f"**{name}**: {step:.3g} s a step, {limit:.3g} s at the limit; {clocked:.3g} s under the clock, whose own "
+    return f"{head}{clocked - step:.2g} s are outside operators.\n\n{grid(lines)}"
 
 
 def main(
@@ -377,18 +368,17 @@ def main(
     probe: Callable[..., Rates] = measured_rates,
 ) -> None:
     """Measure what is missing, print the tables and write them beside the records."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="gemma", help="as in bench frontier (default: gemma)")
-    parser.add_argument("--batch", type=int, help="sequences (default: the model's own, 4 of gemma)")
-    parser.add_argument("--length", type=int, help="tokens of a sequence (default: the model's own, 1024 of gemma)")
-    parser.add_argument("--dtype", default="bf16", help="of the base model: bf16 or fp32 (default: bf16)")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--model", default="gemma", help="as in bench frontier")
+    parser.add_argument("--batch", type=int, help="sequences; without it the model's own, 4 of gemma")
+    parser.add_argument("--length", type=int, help="tokens of a sequence; without it the model's own, 1024 of gemma")
+    parser.add_argument("--dtype", default="bf16", help="of the base model: bf16 or fp32")
     parser.add_argument("--only", nargs="+", default=ONLY, help="methods beside LoRA, by their names in bench frontier")
-    parser.add_argument("--rounds", type=int, default=3, help="of which the median counts (default: 3)")
-    parser.add_argument("--out", type=Path, default=Path("results/limits"), help="folder (default: results/limits)")
+    parser.add_argument("--rounds", type=int, default=3, help="timed with and without the clock; the median counts")
+    parser.add_argument("--out", type=Path, default=Path("results/limits"), help="folder for the results")
     given = parser.parse_args(arguments)
     chosen = job(given.model)
-    batch = chosen.batch if given.batch is None else given.batch
-    length = chosen.length if given.length is None else given.length
+    batch, length = given.batch or chosen.batch, given.length or chosen.length
     settings = Settings(model=given.model, batch=batch, length=length, dtype=given.dtype, rounds=given.rounds)
     study = Study(variants=methods(given.only), settings=settings)
     journal = Journal(given.out / "records.jsonl")

@@ -86,9 +86,10 @@ def test_the_same_sites_are_found_without_values(family, mode):
         assert [(site.kind, site.name) for site in handle.stats()] == expected
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("policy", ["sublayer", "balanced"])
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
-def test_regions_by_token_are_found_without_values(family, policy, mode):
+def test_regions_by_token_are_found_without_values(family, policy, dtype, mode):
     """What values show on CPU, operators show here: an MLP acts on each token by itself, attention does not."""
 
     def verdicts(model, ids):
@@ -101,7 +102,7 @@ def test_regions_by_token_are_found_without_values(family, policy, mode):
     def regions_of(handle):
         return [vars(m)["forward"].__wrapped__ for m in handle.model.modules() if "forward" in vars(m)]
 
-    model, ids = causal(family), torch.randint(3, 97, (2, 64))
+    model, ids = causal(family, dtype=dtype), torch.randint(3, 97, (2, 64))
     expected = verdicts(model, ids)
     without_values(model, mode)
     with mode:

@@ -22,7 +22,7 @@ from loract.codecs.base import Stored, tokens_features
 from loract.device import generator
 from loract.errors import InvalidSpec, LoractError
 from loract.linalg import row_chunks, singular_values
-from loract.policy import Kind, Policy, Rule
+from loract.policy import Kind, Policy, Rule, Site
 from loract.saved import RunningSite
 
 MEASURED: tuple[Kind, ...] = ("adapter_input", "norm", "gated", "attention")
@@ -37,13 +37,13 @@ LISTED = 8
 """Outliers that are named, the largest first."""
 POINTS = 32
 """Ranks at which the captured energy is kept for plots."""
-TRIES = 4
-"""Encodes in which `Transform` may learn, as it does over steps, what its target asks of these data."""
+TRIES = 6
+"""Encodes in which `Transform`'s own target is moved until the error that is measured meets the one asked for."""
+NEAR = 0.95
+"""Share of the target that is near enough to it."""
 
 Progress = Callable[[str, int, int], None]
 """Called before each tensor: its site, the place of that site among all, and how many there are."""
-Held = tuple[int, float]
-"""Bytes and measured relative error of a codec that holds the target."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,13 +151,11 @@ def atlas(
     return found
 
 
-def spectrum(
-    x: Tensor, *, kind: Kind, name: str, target: float = TARGET, max_tokens: int = MAX_TOKENS
-) -> Spectrum:
+def spectrum(x: Tensor, *, kind: Kind, name: str, target: float = TARGET, max_tokens: int = MAX_TOKENS) -> Spectrum:
     """Figures of x (N, n).
 
     Raises:
-        InvalidSpec: a target outside (0, 1), or fewer than one token.
+        InvalidSpec: no matrix or an empty one, a target outside (0, 1), or fewer than one token.
         LoractError: values that are not finite.
 
     Example:
@@ -167,31 +165,177 @@ def spectrum(
     """
     check_target(target)
     _check_tokens(max_tokens)
+    if x.dim() != 2 or x.numel() == 0:
+        raise InvalidSpec(f"x of shape {tuple(x.shape)}", "a matrix (tokens, features) with values", "flatten it first")
     tokens, features = x.shape
-    x, rows = _sampled(x, max_tokens)
+    index = _rows(tokens, max_tokens)
+    x = x if index is None else x[index.to(x.device)]
     by_token, by_channel, energies = _energies(x)
     total = float(energies.sum())
     if not math.isfinite(total):
         raise LoractError(
             f"values of {name!r} ({kind}) that are not finite", "finite activations", "try fp32, or look at the data"
         )
-    scale = total or 1.0
-    # Sums from the small end: 1 - cumsum would lose what is left after the leading ones.
-    left = torch.cat([energies.flip(0).cumsum(0).flip(0), energies.new_zeros(1)]) / scale
-
-    def captured(rank: int) -> float:
-        return 1.0 - float(left[min(rank, len(energies))])
-
-    def share(of: int) -> int:
-        return max(1, round(features / of))
-
-    suggested_rank = max(1, int((left > target**2).sum()))
-    held = _held(x, scale, suggested_rank, target)
-    shrunk = {codec: pair for codec, pair in held.items() if pair[0] < x.nbytes}
-    quantized = held.get("Quantized")
+    total = total or 1.0
+    # Summed from the small end: 1 - cumsum would lose what the leading ones leave.
+    left = torch.cat([energies.flip(0).cumsum(0).flip(0), energies.new_zeros(1)]) / total
+    captured = (1 - left).tolist()
+    sixteenth, eighth, quarter = (min(max(1, round(features / part)), len(energies)) for part in (16, 8, 4))
+    suggested = max(1, int((left > target**2).sum()))
+    held, bits = _held(x, suggested, target, total)
+    smaller = {codec: one for codec, one in held.items() if one[0] < x.nbytes}
     ranks = [round(len(energies) ** (i / (POINTS - 1))) for i in range(POINTS)]
-    channels, tokens_out = _outliers(by_channel), _outliers(by_token)
+    channels, rows = _outliers(by_channel), _outliers(by_token)
     return Spectrum(
         kind=kind,
         name=name,
+        layer=Site(kind=kind, name=name).layer,
+        tokens=tokens,
+        features=features,
+        sampled=len(x),
+        dtype=str(x.dtype).removeprefix("torch."),
+        exact_bytes=x.nbytes,
+        stable_rank=total / float(energies[0]) if energies[0] > 0 else 0.0,
+        energy_sixteenth=captured[sixteenth],
+        energy_eighth=captured[eighth],
+        energy_quarter=captured[quarter],
+        error_eighth=math.sqrt(left[eighth]),
+        outlier_channels=len(channels),
+        outlier_channel_indices=channels[:LISTED].tolist(),
+        outlier_tokens=len(rows),
+        outlier_token_indices=(rows if index is None else index[rows])[:LISTED].tolist(),
+        suggested_rank=suggested,
+        suggested_bits=bits,
+        codec_bytes={codec: nbytes for codec, (nbytes, _) in smaller.items()},
+        codec_errors={codec: error for codec, (_, error) in smaller.items()},
+        cheapest=min(smaller, key=lambda codec: smaller[codec][0], default=None),
+        ranks=ranks,
+        energies=[captured[rank] for rank in ranks],
     )
+
+
+def check_target(target: float) -> None:
+    """Validate a target before anything is loaded for it.
+
+    Raises:
+        InvalidSpec: no number in (0, 1).
+    """
+    if isinstance(target, bool) or not isinstance(target, (int, float)) or not 0 < target < 1:
+        raise InvalidSpec(f"target={target!r}", "a relative error in (0, 1)", "try target=0.1")
+
+
+def _check_tokens(max_tokens: int) -> None:
+    if isinstance(max_tokens, bool) or not isinstance(max_tokens, int) or max_tokens < 1:
+        raise InvalidSpec(f"max_tokens={max_tokens!r}", "a number of rows, 1 or more", f"use max_tokens={MAX_TOKENS}")
+
+
+def _parts(model: nn.Module, site: RunningSite) -> tuple[str, ...]:
+    """What to add to a site's name for each tensor of one call: a gated block packs two, a lone activation one."""
+    block = site.site.kind == "gated" and any(True for _ in model.get_submodule(site.site.name).children())
+    return (".gate", ".up") if block else ()
+
+
+def _rows(tokens: int, most: int) -> Tensor | None:
+    """Which rows to read; None: all.
+
+    A random choice: every so-many-th row of a norm over heads would be the same head's.
+    """
+    if tokens <= most:
+        return None
+    return torch.randperm(tokens, generator=generator(torch.device("cpu"), 0))[:most].sort().values
+
+
+def _energies(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Energies of the rows (N,), the columns (n,) and the components (min(N, n),) of x (N, n), on the host, in fp64.
+
+    Through the Gram matrix of the shorter side, in chunks: no wide copy of x. In fp64 its squared condition leaves
+    components down to 1e-8 of the largest.
+    """
+    tall = x if x.shape[0] >= x.shape[1] else x.T
+    product = torch.zeros(tall.shape[1], tall.shape[1], dtype=torch.float64, device=x.device)
+    along: list[Tensor] = []
+    for part in row_chunks(tall):
+        wide = tall[part].double()
+        along.append(wide.square().sum(1))
+        product.addmm_(wide.T, wide)
+    long, short = torch.cat(along).cpu(), product.diagonal().cpu()
+    finite = bool(torch.isfinite(short).all())  # LAPACK raises
+    components = singular_values(product).cpu() if finite else torch.full_like(short, torch.nan)
+    return (long, short, components) if tall is x else (short, long, components)
+
+
+def _outliers(energies: Tensor) -> Tensor:
+    """Indices of the lines whose norm passes `OUTLIER` medians, by descending norm."""
+    norms = energies.sqrt()
+    order = norms.argsort(descending=True, stable=True)
+    return order[norms[order] > OUTLIER * norms.median()]
+
+
+def _held(x: Tensor, rank: int, target: float, total: float) -> tuple[dict[str, tuple[int, float]], int | None]:
+    """Bytes and measured error of each codec that holds the target on x, and the bits with which `Quantized` does.
+
+    `rank` is the optimum's, where the search for LowRank's begins; `total` the energy of x.
+    """
+    held: dict[str, tuple[int, float]] = {}
+
+    def error_of(codec: Codec, state: State | None = None) -> float:
+        packed = codec.encode(x, state=state)
+        error, name = _error(packed, x, total), type(codec).__name__
+        if error <= target and (name not in held or packed.nbytes < held[name][0]):
+            held[name] = (packed.nbytes, error)
+        return error
+
+    tokens, features = x.shape
+    while rank * (tokens + features) < tokens * features and error_of(LowRank(rank=rank, guard=False)) > target:
+        rank += max(1, rank // 8)
+    aim = target
+    for _ in range(TRIES):
+        codec, state = Transform(target_error=aim, guard=False), State()
+        if not x.is_cpu:  # its first encode there goes by no data
+            codec.encode(x, state=state)
+            state.spectrum.wait()
+        error = error_of(codec, state)
+        if error == 0 or NEAR * target <= error <= target:
+            break
+        aim = min(0.99, aim * math.sqrt(NEAR) * target / error)
+    bits = next((b for b in range(2, 9) if error_of(Quantized(bits=b, scale="channel", guard=False)) <= target), None)
+    return held, bits
+
+
+def _error(packed: Packed, x: Tensor, total: float) -> float:
+    decoded = packed.decode()
+    parts = ((decoded[part].double() - x[part].double()).square().sum() for part in row_chunks(x))
+    return math.sqrt(sum(float(part) for part in parts) / total)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Recorder:
+    """A codec that shows its tensors to `look` and keeps nothing of them."""
+
+    look: Callable[[Tensor], None] | None = None
+
+    def codes(self, tokens: int, features: int, dtype: torch.dtype) -> bool:
+        """Every floating-point matrix."""
+        return dtype.is_floating_point and tokens > 0 and features > 0
+
+    def encode(self, x: Tensor, generator: torch.Generator | None = None, state: State | None = None) -> Packed:
+        """Look at x, and keep its shape."""
+        tokens, features = tokens_features(x)
+        if self.look is not None:
+            self.look(x.detach().reshape(tokens, features))
+        return _Gone(kept=(x.new_empty(0),), shape=(tokens, features), dtype=x.dtype)
+
+
+class _Gone(Stored):
+    """What is left of a tensor that was looked at.
+
+    `Exact` would hold all activations, and views of one storage, as q, k and v may be, would pass for one tensor.
+    """
+
+    def decode(self) -> NoReturn:
+        """Nothing.
+
+        Raises:
+            LoractError: always.
+        """
+        raise LoractError("a backward pass in an atlas's step", "a forward pass alone", "leave out loss.backward()")

@@ -96,14 +96,23 @@ def contend(model: nn.Module, variant: Variant) -> Contender:
     frozen: dict[int, Any] = {id(p): p for p in model.parameters() if not p.requires_grad}
     twin: Any = copy.deepcopy(model, frozen)
     if variant.checkpointing:
-        base = twin.get_base_model()  # transformers 5.23 renamed it
-        enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
-        every = {"every_n_layers": variant.checkpointing} if variant.checkpointing > 1 else {}
-        enable({"use_reentrant": False}, **every)
+        checkpointing(twin, variant.checkpointing)
     if variant.wrap is not None:
         twin = variant.wrap(twin)
     handle = None if variant.policy is None else attach(twin, variant.policy)
     return Contender(variant=variant, model=twin, handle=handle)
+
+
+def checkpointing(model: Any, every: int) -> None:
+    """Let torch checkpoint every so many-th layer of a model of transformers, with adapters or without; 0: none."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    new = hasattr(base, "activation_checkpointing_enable")  # transformers 5.23 renamed them
+    kind = "activation" if new else "gradient"
+    if not every:
+        getattr(base, f"{kind}_checkpointing_disable")()
+        return
+    more = {"every_n_layers": every} if every > 1 else {}
+    getattr(base, f"{kind}_checkpointing_enable")({"use_reentrant": False}, **more)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,11 @@ from loract.functions.linear import dense_weight
 
 
 def projected(layer: Any, packed: Packed, out: Tensor) -> Packed | None:
-    """What stands for out = layer(x), for the packed x; None where M is not known for certain."""
+    """What stands for out = layer(x), for the packed x.
+
+    None where M is not known for certain, and where x is inexact and yet a dense product away: the norm then keeps its
+    own, which is the more accurate.
+    """
     base, adapter = layer.base_layer, single_adapter(layer)
     weight = dense_weight(base)
     if (packed.lossy and not packed.factored) or adapter is None or weight is None or weight.requires_grad:

@@ -61,6 +61,7 @@ _BY_TOKEN = {
     _aten.t.default,
     _aten.clone.default,
     _aten._to_copy.default,
+    _aten.copy_.default,
     _aten._unsafe_view.default,
     _aten.empty_like.default,
     _aten.mean.dim,

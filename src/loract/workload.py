@@ -57,8 +57,8 @@ class Work(Protocol):
 
 
 def body(model: Any) -> Any:
-    """The module of a model with adapters whose output is the last hidden state."""
-    base = model.get_base_model()
+    """The module of a model, with adapters or without, whose output is the last hidden state."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
     return base if base.get_output_embeddings() is None else base.get_decoder()
 
 

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from loract.device import agree, has_values
+
 QUERIES = 64
 """Queries in a block: more of them share fewer keys of a window or triangle."""
 ROWS = 512
@@ -73,13 +75,16 @@ def _causal_blocks(length: int, keys: int, rows: int) -> Iterator[Block]:
 
 
 def _masked_plans(mask: Tensor, length: int, keys: int, rows: int) -> tuple[Plan, ...]:
-    if len(mask) > 1 and torch.equal(mask[1:], mask[:1].expand_as(mask[1:])):
+    if len(mask) > 1 and agree(mask[1:], mask[:1].expand_as(mask[1:])):
         mask = mask[:1]
     plans = tuple(tuple(_masked_blocks(entry, length, keys, rows)) for entry in mask)
     return plans[:1] if all(plan == plans[0] for plan in plans) else plans
 
 
 def _masked_blocks(mask: Tensor, length: int, keys: int, rows: int) -> Iterator[Block]:
+    if not has_values(mask):  # taken to hide what comes later
+        yield from _causal_blocks(length, keys, rows)
+        return
     mask = mask.expand(-1, length, keys)
     for part in parts(slice(0, length), rows):
         block = mask[:, part]

@@ -21,7 +21,7 @@ from loract.linalg import promote
 
 def dense_weight(module: Any) -> Tensor | None:
     """W (m, n) of the map x W^T + b that `module` computes; None where that is not known for certain."""
-    read = _WEIGHTS.get(type(module).__name__)
+    read = WEIGHTS.get(type(module).__name__)
     return None if read is None else read(module)
 
 
@@ -36,7 +36,7 @@ def _four_bit(module: Any) -> Tensor | None:
     return dequantize_4bit(weight.data, state).to(dtype)
 
 
-_WEIGHTS: dict[str, Callable[[Any], Tensor | None]] = {
+WEIGHTS: dict[str, Callable[[Any], Tensor | None]] = {
     "Linear": lambda module: module.weight if type(module) is nn.Linear else None,
     "Conv1D": lambda module: module.weight.T,
     "Linear4bit": _four_bit,

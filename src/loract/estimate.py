@@ -1,0 +1,353 @@
+"""Bytes of a training step that nobody has to run: the model itself, on tensors that have shapes and no values.
+
+Every operator of forward, loss and backward is dispatched, so the estimate follows the code that a real step runs, of
+transformers, PEFT and loract alike. On an accelerator attention is taken to run torch's fused kernels.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import Function
+from torch.nn import functional
+from torch.overrides import handle_torch_function, has_torch_function
+
+from loract.attach import attach
+from loract.attention import Call
+from loract.compare import Variant, checkpointing
+from loract.errors import InvalidSpec, LoractError, MissingExtra, nearest, reason
+from loract.functions.linear import WEIGHTS
+from loract.memory import step_bytes
+from loract.shapes import Shape, architecture
+from loract.weights import quiet
+from loract.workload import Classification, Work, Workload
+
+Base = Literal["bf16", "fp32", "nf4", "int8"]
+Device = Literal["accelerator", "cpu"]
+DTYPES: dict[str, torch.dtype] = {
+    "bf16": torch.bfloat16,
+    "fp32": torch.float32,
+    "nf4": torch.bfloat16,
+    "int8": torch.bfloat16,
+}
+"""In which a base's products are taken."""
+CODES: dict[str, tuple[int, int]] = {"nf4": (2, 64), "int8": (1, 0)}
+"""Of a quantised base: values in a byte, and values that share a scale in fp32 (0: a row of the weight)."""
+OPTIMISERS = {"adamw": 8, "adamw_8bit": 2, "sgd": 0, "momentum": 4, "adafactor": 0}
+"""Bytes of state for each trained value (fp32 moments; Adafactor's are rows and columns, next to nothing)."""
+CLASSES = 10
+PERIODS = ("sliding_window_pattern", "global_attn_every_n_layers")
+"""Names under which configurations say after how many layers their kinds of attention repeat."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """What would be run: LoRA on every linear layer with `lora_rank`, or all weights trained where that is None."""
+
+    shape: Shape
+    batch: int = 4
+    length: int = 1024
+    """Tokens a sequence; images have their own."""
+    lora_rank: int | None = 16
+    base: Base = "bf16"
+    optimiser: str = "adamw"
+    device: Device = "accelerator"
+
+    def __post_init__(self) -> None:
+        """Validate.
+
+        Raises:
+            InvalidSpec: a size below 1, or a base, device or optimiser that is not known.
+        """
+        for name in ("batch", "length"):
+            if getattr(self, name) < 1:
+                raise InvalidSpec(f"{name}={getattr(self, name)}", "at least 1", f"try {name}=1")
+        if self.lora_rank is not None and self.lora_rank < 1:
+            raise InvalidSpec(f"lora_rank={self.lora_rank}", "at least 1, or None for all weights", "try lora_rank=16")
+        for name, known in (("base", DTYPES), ("optimiser", OPTIMISERS), ("device", ("accelerator", "cpu"))):
+            if getattr(self, name) not in known:
+                got = str(getattr(self, name))
+                raise InvalidSpec(f"{name} {got!r}", f"one of {', '.join(known)}", nearest(got, known))
+        if self.lora_rank is None and self.base in CODES:
+            raise InvalidSpec(f"base {self.base!r} with all weights trained", "bf16 or fp32", "set a lora_rank")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """Bytes of one way to run the step, by what they are."""
+
+    name: str
+    weights_bytes: int
+    """Frozen weights and buffers."""
+    trained_bytes: int
+    """Trained weights: adapters, or all."""
+    optimiser_bytes: int
+    gradients_bytes: int
+    """Of the trained weights, at the end of backward."""
+    saved_bytes: int
+    """Kept from forward to backward, the loss included."""
+    step_bytes: int
+    """What the step adds at its peak: what is saved then, gradients so far, temporaries."""
+
+    @property
+    def peak_bytes(self) -> int:
+        """All of it at the peak of the step."""
+        return self.weights_bytes + self.trained_bytes + self.optimiser_bytes + self.step_bytes
+
+
+class Ghost:
+    """A model without values, and a batch for it. Everything that touches them happens inside `active()`."""
+
+    def __init__(self, setup: Setup, layers: int | None = None) -> None:
+        """Build it, with its own number of layers or fewer.
+
+        Raises:
+            MissingExtra: transformers or peft is not installed.
+            LoractError: transformers cannot build it.
+        """
+        self.setup, self._mode = setup, FakeTensorMode()
+        self.config = _resized(architecture(setup.shape), layers)
+        self.device = torch.device("meta" if setup.device == "accelerator" else "cpu")
+        try:
+            with quiet(), self._mode, self.device:
+                self.work, self.batch = self._work()
+        except (ValueError, TypeError, AttributeError, RuntimeError) as error:
+            raise LoractError(
+                f"{setup.shape.name} ({reason(error)})", "an architecture that can be built", "check its config.json"
+            ) from error
+
+    @contextmanager
+    def active(self) -> Generator[None]:
+        """Run on tensors without values."""
+        with quiet(), _substituted(), self._mode:
+            yield
+
+    def measure(self, variant: Variant) -> Estimate:
+        """Run one step, another way each time.
+
+        Raises:
+            LoractError: an operator needs values.
+        """
+        model = self.work.model
+        with self.active():
+            handle = None if variant.policy is None else attach(model, variant.policy)
+            try:
+                if variant.checkpointing:
+                    checkpointing(model, variant.checkpointing)
+                return self._measure(variant.name, model)
+            except torch._subclasses.fake_tensor.DataDependentOutputException as error:
+                raise _needs_values(self.setup, error.func) from error
+            except torch._subclasses.fake_tensor.DynamicOutputShapeException as error:
+                raise _needs_values(self.setup, error.func) from error
+            finally:
+                model.zero_grad(set_to_none=True)
+                if variant.checkpointing:
+                    checkpointing(model, 0)
+                if handle is not None:
+                    handle.detach()
+
+    def _measure(self, name: str, model: Any) -> Estimate:
+        parameters, buffers = list(model.parameters()), list(model.buffers())
+        trained = [p for p in parameters if p.requires_grad]
+        batch = self.batch
+        held = [*parameters, *buffers, *(batch if isinstance(batch, tuple) else (batch,))]
+        saved, peak = step_bytes(lambda: self.work.loss(model, batch), lambda loss: loss.backward(), held)
+        return Estimate(
+            name=name,
+            weights_bytes=_bytes([*(p for p in parameters if not p.requires_grad), *buffers]),
+            trained_bytes=_bytes(trained),
+            optimiser_bytes=OPTIMISERS[self.setup.optimiser] * sum(p.numel() for p in trained),
+            gradients_bytes=_bytes(trained),
+            saved_bytes=saved,
+            step_bytes=peak,
+        )
+
+    def _work(self) -> tuple[Work, Any]:
+        model, inputs = self._model(), self.setup.shape.inputs
+        batch, length = self.setup.batch, self.setup.length
+        ids = torch.empty(batch, length, dtype=torch.long)
+        if inputs == "tokens":
+            base = model.get_base_model() if hasattr(model, "get_base_model") else model
+            head = base.get_output_embeddings().weight
+            return Workload(model=model, head=head, train=ids, held_out=ids), ids
+        name, rows = "input_ids", ids
+        if inputs == "images":
+            size = self.config.image_size
+            name = "pixel_values"
+            rows = torch.empty(batch, self.config.num_channels, size, size, dtype=DTYPES[self.setup.base])
+        head, labels = torch.empty(CLASSES, self.config.hidden_size), torch.empty(batch, dtype=torch.long)
+        held_out = rows, labels
+        work = Classification(model=model, name=name, head=head, inputs=rows, labels=labels, held_out=held_out)
+        return work, held_out
+
+    def _model(self) -> Any:
+        try:
+            import peft
+            import transformers
+        except ImportError as missing:
+            raise MissingExtra(f"no {missing.name}", "transformers and peft", "pip install 'loract[train]'") from missing
+        causal = self.setup.shape.inputs == "tokens"
+        auto: Any = transformers.AutoModelForCausalLM if causal else transformers.AutoModel
+        model: Any = auto.from_config(self.config, dtype=DTYPES[self.setup.base], attn_implementation="sdpa")
+        if self.setup.lora_rank is not None:
+            task = "CAUSAL_LM" if causal else None
+            options = peft.LoraConfig(r=self.setup.lora_rank, target_modules="all-linear", task_type=task)
+            model = peft.get_peft_model(model, options)
+        if self.setup.base in CODES:
+            for module in list(model.modules()):
+                if isinstance(getattr(module, "base_layer", None), nn.Linear):
+                    module.base_layer = StandIn(module.base_layer, self.setup.base)
+        return model.train()
+
+
+def estimate(setup: Setup, variant: Variant) -> Estimate:
+    """Bytes of one step of the whole model.
+
+    Raises:
+        MissingExtra: transformers or peft is not installed.
+        LoractError: a model that cannot be built, or whose operators need values.
+    """
+    return Ghost(setup).measure(variant)
+
+
+class Depths:
+    """The same for many batches and lengths: two shallow models, and the rest of the layers by proportion.
+
+    Layers repeat after a period, and everything that a step keeps or adds is proportional to their number.
+    """
+
+    def __init__(self, setup: Setup) -> None:
+        """Nothing is built yet."""
+        self.setup = setup
+        config = architecture(setup.shape)
+        self.layers = int(config.num_hidden_layers)
+        period = max([1, *(int(getattr(config, name, None) or 1) for name in PERIODS)])
+        self.shallow = (period, 2 * period) if self.layers > 2 * period else None
+
+    def peak(self, variant: Variant, batch: int, length: int) -> int:
+        """Peak bytes of a step, all included."""
+        setup = replace(self.setup, batch=batch, length=length)
+        if self.shallow is None:
+            return estimate(setup, variant).peak_bytes
+        one, two = (Ghost(setup, layers).measure(variant).peak_bytes for layers in self.shallow)
+        first, second = self.shallow
+        return one + (two - one) * (self.layers - first) // (second - first)
+
+
+class StandIn(nn.Module):
+    """A frozen linear map whose weight is stored in codes and widened for each product, as bitsandbytes does."""
+
+    def __init__(self, linear: nn.Linear, base: Base) -> None:
+        """Of the size of `linear`."""
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        packed, group = CODES[base]
+        size, like = linear.in_features * linear.out_features, linear.weight
+        scales = size // group if group else linear.out_features
+        self.dtype = like.dtype
+        self.register_buffer("codes", torch.empty(size // packed, dtype=torch.uint8, device=like.device))
+        self.register_buffer("scales", torch.empty(scales, dtype=torch.float32, device=like.device))
+        self.bias = linear.bias
+
+    @property
+    def weight(self) -> Tensor:
+        """The codes: what code asks for device and dtype."""
+        return self.codes  # type: ignore[return-value]
+
+    def dense(self) -> Tensor:
+        """The weight (out, in), for a moment."""
+        codes: Any = self.codes
+        return torch.empty(self.out_features, self.in_features, dtype=self.dtype, device=codes.device)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """X W^T + b."""
+        return _Widened.apply(x, self)  # type: ignore[no-any-return]
+
+
+WEIGHTS[StandIn.__name__] = StandIn.dense
+
+
+class _Widened(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, module: StandIn) -> Tensor:
+        ctx.module = module
+        return functional.linear(x, module.dense(), module.bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return grad @ ctx.module.dense(), None
+
+
+def _fused(call: Call) -> Tensor:
+    aten, query, key, value = torch.ops.aten, call.query, call.key, call.value
+    if call.attn_mask is None and query.element_size() == 2:
+        options = (call.dropout_p, call.is_causal, False)
+        return aten._scaled_dot_product_flash_attention(query, key, value, *options, scale=call.scale)[0]
+    repeats = query.shape[1] // key.shape[1]
+    if repeats > 1:
+        key, value = (t.repeat_interleave(repeats, dim=1) for t in (key, value))
+    bias = call.attn_mask
+    if bias is not None:
+        if bias.dtype == torch.bool:
+            bias = torch.zeros_like(bias, dtype=query.dtype).masked_fill_(~bias, -torch.inf)
+        bias = bias.expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2])
+    wanted = query.requires_grad or key.requires_grad
+    options = (bias, wanted, call.dropout_p, call.is_causal)
+    return aten._scaled_dot_product_efficient_attention(query, key, value, *options, scale=call.scale)[0]
+
+
+@contextmanager
+def _substituted() -> Generator[None]:
+    """What asks for values, or for a device, gets an answer without them.
+
+    Attention on the meta device would form all scores: it is what torch runs on an accelerator instead, FlashAttention,
+    or with a mask the efficient kernel. transformers looks for packed sequences in the positions' values, and where
+    there are none assumes the worst: a batch without values is one of whole sequences.
+    """
+    from transformers import masking_utils
+
+    plain = functional.scaled_dot_product_attention
+
+    def attention(query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if has_torch_function((query,)):  # as torch's own does: modes meet it
+            return handle_torch_function(attention, (query,), query, *args, **kwargs)
+        return _fused(Call(query, *args, **kwargs)) if query.is_meta else plain(query, *args, **kwargs)
+
+    places = ((functional, "scaled_dot_product_attention"), (masking_utils, "find_packed_sequence_indices"))
+    before = [(module, name, getattr(module, name)) for module, name in places]
+    for (module, name), value in zip(places, (attention, lambda *_: None), strict=True):
+        setattr(module, name, value)
+    try:
+        yield
+    finally:
+        for module, name, value in before:
+            setattr(module, name, value)
+
+
+def _resized(config: Any, layers: int | None) -> Any:
+    if layers is None or layers == config.num_hidden_layers:
+        return config
+    config = copy.deepcopy(config)
+    config.num_hidden_layers = layers
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:layers]
+    return config
+
+
+def _bytes(tensors: list[Tensor]) -> int:
+    return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+def _needs_values(setup: Setup, operator: Any) -> LoractError:
+    return LoractError(
+        f"{setup.shape.name}, which computes {operator} from values",
+        "a model whose shapes do not depend on its data",
+        "see the formula's figures",
+    )
