@@ -19,7 +19,7 @@ from loract.atlas import Spectrum, atlas, spectrum
 from loract.cli.inspect import inspect
 from loract.report.heatmap import _labels, heatmap
 from oracles import decaying, needed_rank, optimum, outlier_channels, prescribed, relative
-from tiny import build, run
+from tiny import FAMILIES, build, run
 
 TINY = {
     "llama": [
@@ -200,6 +200,14 @@ def test_figures_are_those_of_the_tensors_that_hooks_catch():
     for name, x in caught.items():
         assert (found[name].tokens, found[name].features) == tuple(x.shape)
         assert found[name].error_eighth == pytest.approx(optimum(x, x.shape[1] // 8), rel=1e-4), name
+
+
+def test_norms_of_a_sublayers_output_are_listed_too():
+    """A low-rank policy may derive their inputs; their spectra are shown all the same."""
+    model, batch = build("gemma3")
+    found = atlas(model, lambda: run(model, batch, backward=False))
+    norms = [s.name for s in found if s.kind == "norm"]
+    assert len(set(norms)) == len(norms) == FAMILIES["gemma3"]["norm"] - 1  # the first reads frozen embeddings
 
 
 def test_dropout_draws_nothing_for_good():

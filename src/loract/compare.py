@@ -104,15 +104,11 @@ def contend(model: nn.Module, variant: Variant) -> Contender:
 
 
 def checkpointing(model: Any, every: int) -> None:
-    """Let torch checkpoint every so many-th layer of a model of transformers, with adapters or without; 0: none."""
+    """Let torch checkpoint every so many-th layer of a model of transformers, with adapters or without."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    new = hasattr(base, "activation_checkpointing_enable")  # transformers 5.23 renamed them
-    kind = "activation" if new else "gradient"
-    if not every:
-        getattr(base, f"{kind}_checkpointing_disable")()
-        return
-    more = {"every_n_layers": every} if every > 1 else {}
-    getattr(base, f"{kind}_checkpointing_enable")({"use_reentrant": False}, **more)
+    # transformers 5.23 renamed it
+    enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
+    enable({"use_reentrant": False}, **({"every_n_layers": every} if every > 1 else {}))
 
 
 @dataclass(frozen=True, kw_only=True)

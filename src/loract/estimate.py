@@ -7,6 +7,7 @@ transformers, PEFT and loract alike. On an accelerator attention is taken to run
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -105,19 +106,24 @@ class Estimate:
 class Ghost:
     """A model without values, and a batch for it. Everything that touches them happens inside `active()`."""
 
-    def __init__(self, setup: Setup, layers: int | None = None) -> None:
-        """Build it, with its own number of layers or fewer.
+    def __init__(self, setup: Setup, layers: int | None = None, *, spent: bool = False) -> None:
+        """Build it, with its own number of layers or fewer; `spent`: for one measurement.
 
         Raises:
             MissingExtra: transformers or peft is not installed.
             LoractError: transformers cannot build it.
         """
-        self.setup, self._mode = setup, FakeTensorMode()
+        self.setup, self._layers, self._spent, self._mode = setup, layers, spent, FakeTensorMode()
         self.config = _resized(architecture(setup.shape), layers)
         self.device = torch.device("meta" if setup.device == "accelerator" else "cpu")
         try:
-            with quiet(), self._mode, self.device:
-                self.work, self.batch = self._work()
+            with quiet(), self._mode:
+                with torch.device("meta"):
+                    model = self._model()
+                if self.device.type == "cpu":
+                    _to_cpu(model)
+                with self.device:
+                    self.work, self.batch = self._work(model)
         except (ValueError, TypeError, AttributeError, RuntimeError) as error:
             raise LoractError(
                 f"{setup.shape.name} ({reason(error)})", "an architecture that can be built", "check its config.json"
@@ -126,8 +132,14 @@ class Ghost:
     @contextmanager
     def active(self) -> Generator[None]:
         """Run on tensors without values."""
-        with quiet(), _substituted(), self._mode:
-            yield
+        log = logging.getLogger("torch._subclasses.fake_tensor")  # probes of a wrong width are no news
+        level = log.level
+        log.setLevel(logging.CRITICAL)
+        try:
+            with quiet(), _substituted(), self._mode:
+                yield
+        finally:
+            log.setLevel(level)
 
     def measure(self, variant: Variant) -> Estimate:
         """Run one step, another way each time.
@@ -135,6 +147,8 @@ class Ghost:
         Raises:
             LoractError: an operator needs values.
         """
+        if variant.checkpointing and not self._spent:  # switched off again it leaves traces
+            return Ghost(self.setup, self._layers, spent=True).measure(variant)
         model = self.work.model
         with self.active():
             handle = None if variant.policy is None else attach(model, variant.policy)
@@ -148,8 +162,6 @@ class Ghost:
                 raise _needs_values(self.setup, error.func) from error
             finally:
                 model.zero_grad(set_to_none=True)
-                if variant.checkpointing:
-                    checkpointing(model, 0)
                 if handle is not None:
                     handle.detach()
 
@@ -169,9 +181,8 @@ class Ghost:
             step_bytes=peak,
         )
 
-    def _work(self) -> tuple[Work, Any]:
-        model, inputs = self._model(), self.setup.shape.inputs
-        batch, length = self.setup.batch, self.setup.length
+    def _work(self, model: Any) -> tuple[Work, Any]:
+        inputs, batch, length = self.setup.shape.inputs, self.setup.batch, self.setup.length
         ids = torch.empty(batch, length, dtype=torch.long)
         if inputs == "tokens":
             base = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -220,7 +231,7 @@ def estimate(setup: Setup, variant: Variant) -> Estimate:
 class Depths:
     """The same for many batches and lengths: two shallow models, and the rest of the layers by proportion.
 
-    Layers repeat after a period, and everything that a step keeps or adds is proportional to their number.
+    Layers repeat after a period, and from the third on each adds as many bytes as the one before.
     """
 
     def __init__(self, setup: Setup) -> None:
@@ -229,7 +240,7 @@ class Depths:
         config = architecture(setup.shape)
         self.layers = int(config.num_hidden_layers)
         period = max([1, *(int(getattr(config, name, None) or 1) for name in PERIODS)])
-        self.shallow = (period, 2 * period) if self.layers > 2 * period else None
+        self.shallow = (2 * period, 3 * period) if self.layers > 3 * period else None
 
     def peak(self, variant: Variant, batch: int, length: int) -> int:
         """Peak bytes of a step, all included."""
@@ -339,6 +350,20 @@ def _resized(config: Any, layers: int | None) -> Any:
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[:layers]
     return config
+
+
+def _to_cpu(model: nn.Module) -> None:
+    """Swap meta tensors for CPU ones; shared ones stay shared. Module.to refuses to change tensors without values."""
+    made: dict[int, Tensor] = {}
+    for module in model.modules():
+        for store in (module._parameters, module._buffers):
+            for name, old in store.items():
+                if old is None:
+                    continue
+                if id(old) not in made:
+                    new = torch.empty(old.shape, dtype=old.dtype, device="cpu")
+                    made[id(old)] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
+                store[name] = made[id(old)]  # type: ignore[assignment]
 
 
 def _bytes(tensors: list[Tensor]) -> int:

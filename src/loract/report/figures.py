@@ -12,7 +12,7 @@ import re
 import warnings
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from xml.etree import ElementTree
 
@@ -43,6 +43,10 @@ class Curve:
 
     name: str
     points: Sequence[Point]
+    look: int = 0
+    """Number of its colour, dash and marker."""
+    faint: bool = False
+    """Behind another one that says more."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,13 +68,12 @@ def curves(
     log: bool = False,
     bound: float | None = None,
     steps: bool = False,
-    dots: bool = False,
     spans: Sequence[Span] = (),
 ) -> str:
     """Curves over a common axis, with a bound as a dashed line.
 
-    `name` makes identifiers unique in the page, `label` is what a screen reader says; `steps` holds each value until
-    the next one, `dots` draws the points alone.
+    `name` makes identifiers unique in the page, `label` is what a screen reader says. `log` takes a logarithmic axis
+    where values differ by a factor of ten; `steps` holds each value until the next one.
 
     Raises:
         MissingExtra: matplotlib is not installed.
@@ -80,24 +83,23 @@ def curves(
         axes: Any = figure.subplots()
         for span in spans:
             axes.axvspan(span.start, span.end, color=SERIES[span.group % COLOURS], alpha=0.14, linewidth=0)
-        lowest = math.inf
-        for index, curve in enumerate(lines):
+        for curve in lines:
             points = thinned([p for p in curve.points if p[1] > 0 or not log])
-            lowest = min(lowest, *(p[1] for p in points), math.inf)
-            marked = dots or len(points) <= FEW_POINTS
             axes.plot(
                 [p[0] for p in points],
                 [p[1] for p in points],
-                color=SERIES[index % COLOURS],
-                linestyle="none" if dots else _dash(index),
-                linewidth=1.6,
-                marker=MARKERS[index % len(MARKERS)] if marked else None,
+                color=SERIES[curve.look % COLOURS],
+                alpha=0.35 if curve.faint else None,
+                linestyle=_dash(curve.look),
+                linewidth=0.8 if curve.faint else 1.6,
+                marker=MARKERS[curve.look % len(MARKERS)] if len(points) <= FEW_POINTS else None,
                 markersize=4,
                 drawstyle="steps-post" if steps else "default",
             )
         if bound is not None and (bound > 0 or not log):
             axes.axhline(bound, color=INK, linestyle="dashed", linewidth=1)
-        if log and lowest < math.inf:
+        low, high = axes.yaxis.get_data_interval()
+        if log and high >= 10 * low > 0:
             _log(axes, "y")
         else:
             axes.yaxis.set_major_formatter(_plain)
@@ -106,7 +108,15 @@ def curves(
 
 
 def plane(
-    points: Sequence[Point], ours: Sequence[bool], *, name: str, label: str, x: str, y: str, floor: float | None
+    points: Sequence[Point],
+    numbers: Sequence[str],
+    ours: Sequence[bool],
+    *,
+    name: str,
+    label: str,
+    x: str,
+    y: str,
+    floor: float | None,
 ) -> str:
     """Numbered points, on two logarithmic axes; y = 0 is drawn at 1e-8. `floor` is a dashed line.
 
@@ -124,7 +134,7 @@ def plane(
                 axes.scatter(xs, ys, s=36, color=SERIES[index], marker=MARKERS[index], zorder=3)
         for group in _groups(placed):
             top = max(group, key=lambda i: placed[i][1])
-            text = " ".join(str(i + 1) for i in group)
+            text = " ".join(numbers[i] for i in group)
             axes.annotate(text, placed[top], xytext=(0, 6), textcoords="offset points", ha="center", color=INK)
         if floor is not None and floor > 0:
             axes.axhline(floor, color=INK, linestyle="dashed", linewidth=1)
@@ -179,6 +189,19 @@ def thinned(points: Sequence[Point], most: int = MOST_POINTS) -> list[Point]:
         ends = {min(chunk, key=lambda p: p[1]), max(chunk, key=lambda p: p[1])}
         kept += sorted(ends)
     return kept
+
+
+def smoothed(curve: Curve, window: int) -> Curve:
+    """The mean of each point and its neighbours, as many on either side; of `window` points, and of fewer at the ends.
+
+    Example:
+        >>> smoothed(Curve(name="loss", points=[(1, 4.0), (2, 2.0), (3, 6.0)]), 3).points
+        [(1, 4.0), (2, 4.0), (3, 6.0)]
+    """
+    values = [y for _, y in curve.points]
+    sides = [min(window // 2, i, len(values) - 1 - i) for i in range(len(values))]
+    means = [math.fsum(values[i - side : i + side + 1]) / (2 * side + 1) for i, side in enumerate(sides)]
+    return replace(curve, points=[(x, mean) for (x, _), mean in zip(curve.points, means)])
 
 
 def _dash(index: int) -> Any:
