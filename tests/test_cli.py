@@ -16,7 +16,7 @@ from loract.cli.app import app
 from loract.cli.common import parse_dtype
 from loract.policy import parse_rank
 
-VERBS = ("demo", "bench", "audit", "profile", "env")
+VERBS = ("demo", "bench", "audit", "inspect", "plan", "profile", "report", "env")
 
 
 def run(*arguments):

@@ -152,6 +152,7 @@ def test_channels_that_a_sandwich_norm_switches_off():
 
 def test_a_norm_after_the_sum_is_coded_by_itself():
     """BERT has no stream: every input but the last is coded, and no sum is kept."""
+
     def chains():
         return {id(o) for o in gc.get_objects() if type(o) is Chain}
 

@@ -53,12 +53,12 @@ ORDER = [
     "starters",
     "rows",
     "runs",
+    "report",
     "models",
     "tasks",
     "trainer",
     "train",
     "export",
-    "report",
     "cli",
 ]
 FILES = sorted(ROOT.rglob("*.py"))

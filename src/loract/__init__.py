@@ -3,6 +3,7 @@
 import importlib
 from typing import Any
 
+from loract.atlas import Spectrum, atlas
 from loract.attach import Handle, attach
 from loract.audit import Fidelity, audit
 from loract.codecs import Exact, LowRank, Quantized, Transform
@@ -28,9 +29,11 @@ __all__ = [
     "Rule",
     "Sampled",
     "Site",
+    "Spectrum",
     "Transform",
     "Truncated",
     "UnsupportedModule",
+    "atlas",
     "attach",
     "audit",
     "load_policy",

@@ -203,7 +203,9 @@ class Ghost:
             import peft
             import transformers
         except ImportError as missing:
-            raise MissingExtra(f"no {missing.name}", "transformers and peft", "pip install 'loract[train]'") from missing
+            raise MissingExtra(
+                f"no {missing.name}", "transformers and peft", "pip install 'loract[train]'"
+            ) from missing
         causal = self.setup.shape.inputs == "tokens"
         auto: Any = transformers.AutoModelForCausalLM if causal else transformers.AutoModel
         model: Any = auto.from_config(self.config, dtype=DTYPES[self.setup.base], attn_implementation="sdpa")

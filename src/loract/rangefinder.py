@@ -205,9 +205,7 @@ def _whole(x: Tensor, rank: int) -> Tensor | None:
     return orthonormalise(x.T) if rank >= tokens else None
 
 
-def _draw(
-    energies: Tensor | None, total: int, count: int, generator: torch.Generator, device: torch.device
-) -> Tensor:
+def _draw(energies: Tensor | None, total: int, count: int, generator: torch.Generator, device: torch.device) -> Tensor:
     """`count` distinct indices below `total`, uniform or in proportion to `energies`, without waiting for them."""
     keys = torch.rand(total, device=device, generator=generator).clamp_min_(1e-20)
     keys = keys.log_().neg_().log_().neg_()

@@ -169,7 +169,9 @@ def read_shape(path: Path) -> Shape:
         )
     inputs: Inputs = "images" if "image_size" in config else "tokens"
     if inputs == "tokens" and "vocab_size" not in config:
-        raise LoractError(f"config {str(path)!r} without vocab_size", "a model of text or images", "add what is missing")
+        raise LoractError(
+            f"config {str(path)!r} without vocab_size", "a model of text or images", "add what is missing"
+        )
     architectures = " ".join(config.get("architectures") or ())
     if inputs == "tokens" and architectures and "CausalLM" not in architectures and "Conditional" not in architectures:
         inputs = "text"

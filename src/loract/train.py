@@ -24,8 +24,10 @@ from loract.cpu import fast_bf16
 from loract.errors import LoractError
 from loract.hf import LoractCallback
 from loract.memory import MIB, peak_rss_bytes
+from loract.report.sections import ENVIRONMENT, SITES, versions
 from loract.runs import CONFIG, SUMMARY, Run, step_of
 from loract.saved import SiteStats
+from loract.studies import machine
 from loract.tasks import Ready
 from loract.trainer import RunTrainer, make_trainer
 
@@ -87,6 +89,7 @@ def train(
             _refuse_changes(run, config)
         run.start(resume=resume, overwrite=overwrite)
         run.write(CONFIG, config.yaml())
+        run.write(ENVIRONMENT, json.dumps(versions() | {k: str(v) for k, v in machine().items()}, indent=1))
     state.wait_for_everyone()
     start = _starting_point(run, resume, checkpoint, tell)
     if state.is_main_process:
@@ -100,7 +103,8 @@ def train(
     stop = _Stop()
     trainer = make_trainer(ready, model)
     trainer.setup(run, compression, start, config)
-    for callback in (compression, _Follow(trainer, run, stop), *_boards(config, run, start), *callbacks):
+    follow = _Follow(trainer, run, stop)
+    for callback in (compression, follow, *_boards(config, run, start), *callbacks):
         if callback is not None:
             trainer.add_callback(callback)
     try:
@@ -129,6 +133,8 @@ def train(
                 ready.architecture.save_pretrained(folder)  # the classes, which the base model does not know
     result = _result(trainer, finished, evaluation, str(run.folder / output) if finished else None)
     if state.is_main_process:
+        if follow.sites:
+            run.write(SITES, "".join(json.dumps(asdict(site)) + "\n" for site in follow.sites))
         run.write(SUMMARY, json.dumps(asdict(result), indent=1))
     return result
 
@@ -211,6 +217,7 @@ class _Follow(TrainerCallback):
 
     def __init__(self, trainer: Any, run: Run, stop: _Stop) -> None:
         self.trainer, self.run, self.stop = trainer, run, stop
+        self.sites: list[SiteStats] = []
         self._since: tuple[int, float] | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -242,8 +249,8 @@ class _Follow(TrainerCallback):
             self._since = (state.global_step, now)
             self.trainer.step_seconds.append(added["step_seconds"])
             compression = self.trainer.compression
-            errors = [] if compression is None else [site.error for site in compression.stats()]
-            if errors := [e for e in errors if e is not None]:
+            self.sites = [] if compression is None else compression.stats()
+            if errors := [site.error for site in self.sites if site.error is not None]:
                 added["loract/error"] = sum(errors) / len(errors)
         logs.update(added)
         if state.log_history:

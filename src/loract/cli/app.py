@@ -5,7 +5,7 @@ from __future__ import annotations
 import typer
 
 from loract import __version__
-from loract.cli import audit, bench, demo, env, plan, profile
+from loract.cli import audit, bench, demo, env, inspect, plan, profile, report
 from loract.cli import train as runs
 
 app = typer.Typer(
@@ -15,7 +15,18 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for verb in (runs.init, demo.demo, audit.audit, plan.plan, profile.profile, runs.export, env.env):
+_VERBS = (
+    runs.init,
+    demo.demo,
+    audit.audit,
+    inspect.inspect,
+    plan.plan,
+    profile.profile,
+    runs.export,
+    report.report,
+    env.env,
+)
+for verb in _VERBS:
     app.command()(verb)
 app.add_typer(bench.app, name="bench")
 for verb in (runs.train, runs.validate):

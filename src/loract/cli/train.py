@@ -44,6 +44,7 @@ def train(
     ready = read(config, context.args)
     from transformers import TrainerCallback
 
+    from loract.report.page import REPORT, try_report
     from loract.train import train as run
 
     main = int(os.environ.get("RANK", "0")) == 0
@@ -64,6 +65,9 @@ def train(
     )
     if main:
         _summary(ready.config, result)
+        status.print(
+            try_report(Path(ready.config.output_dir)) or f"{ready.config.output_dir}/{REPORT}", highlight=False
+        )
     if not result.finished:
         raise typer.Exit(INTERRUPTED)
 

@@ -1,6 +1,7 @@
 """Records as tables and plots."""
 
+from loract.report.heatmap import heatmap
 from loract.report.plot import comparison, frontier
 from loract.report.table import markdown, rows
 
-__all__ = ["comparison", "frontier", "markdown", "rows"]
+__all__ = ["comparison", "frontier", "heatmap", "markdown", "rows"]
