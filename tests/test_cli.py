@@ -15,6 +15,7 @@ from loract.cli import main
 from loract.cli.app import app
 from loract.cli.common import parse_dtype
 from loract.policy import parse_rank
+from loract.timeline import COMPONENTS, PHASES
 
 VERBS = ("demo", "bench", "audit", "inspect", "plan", "profile", "report", "env")
 
@@ -89,6 +90,7 @@ def test_bad_dtype():
         (("audit", "--preset", "tensor", "--rank", "1.5"), "got rank=1.5"),
         (("profile", "/no/such/folder"), "a causal language model's folder"),
         (("profile", "--preset", "exact", "--rank", "8"), "preset 'exact' with a rank"),
+        (("profile", "--out", "/dev/null/out"), "expected a folder to write to"),
         (("audit", "--rank", "8"), "preset 'balanced' with a rank"),
         (("audit", "--bits", "9"), "got bits=9"),
         (("audit", "--bits", "8", "--rank", "8"), "both rank and bits"),
@@ -112,10 +114,19 @@ def test_audit_reports_every_layer(folder):
     assert "1.00000" in text
 
 
-def test_profile_counts_bytes(folder):
-    result = run("profile", folder, "--preset", "exact", "--batch", "1", "--length", "64", "--dtype", "fp32", "--json")
+def test_profile_counts_bytes(folder, tmp_path):
+    options = (folder, "--batch", "1", "--length", "64")
+    result = run("profile", *options, "--preset", "exact", "--dtype", "fp32", "--json")
     found = json.loads(result.output)
-    assert found["measured"]["exact"]["saved_bytes"] < found["measured"]["plain"]["saved_bytes"]
+    plain, exact = found["measured"]["plain"], found["measured"]["exact"]
+    assert exact["saved_bytes"] < plain["saved_bytes"]
+    assert sum(exact["components"].values()) == exact["peak_bytes"] == max(m["bytes"] for m in exact["timeline"])
     assert len(found["sites"]) == 23
-    text = run("profile", folder, "--preset", "tensor", "--batch", "1", "--length", "64").output
+    text = run("profile", *options, "--preset", "tensor", "--modules", "3", "--out", str(tmp_path / "out")).output
     assert all(kind in text for kind in ("adapter_input", "norm", "gated", "attention"))
+    assert all(name in text for name in (*PHASES, *COMPONENTS, "others"))
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"profile.jsonl", "timeline.jsonl", "timeline.png"}
+    steps = [json.loads(line) for line in (tmp_path / "out" / "profile.jsonl").read_text().splitlines()]
+    assert [step["name"] for step in steps] == ["plain", "tensor"]
+    assert "report.html" in run("report", str(tmp_path / "out")).output
+    assert "Memory over time" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")

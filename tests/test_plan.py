@@ -18,10 +18,11 @@ import loract
 from causal import causal
 from loract.cli.app import app
 from loract.codecs import Exact, LowRank, Quantized, Transform
-from loract.memory import saved_bytes
-from loract.plan import STREAM, _Mixture, descend, survey, thin
+from loract.memory import saved_bytes, step_bytes
+from loract.mixtures import Mixture, descend, thin
 from loract.policy import PRESETS, Policy, Rule, preset
 from loract.rangefinder import Gaussian
+from loract.survey import STREAM, survey
 from tiny import build, weights
 
 
@@ -158,7 +159,7 @@ def test_norms_after_the_sum_and_no_blocks_unless_asked_for():
 
 
 def test_long_ways_are_thinned_to_both_ends_and_even_steps():
-    way = [_Mixture(chosen=(i,), size=-float(i * i), square=0.0) for i in range(101)]
+    way = [Mixture(chosen=(i,), size=-float(i * i), square=0.0) for i in range(101)]
     sizes = [mixture.size for mixture in thin(way, 5)]
     assert sizes == pytest.approx([0, -2500, -5000, -7500, -10000], abs=100)
     assert (sizes[0], sizes[-1]) == (0, -10000)
@@ -209,7 +210,7 @@ def test_deep_models_are_planned_by_thirds():
             r"saved_bytes=1000; expected at least \d+ saved bytes \(0\.\d MiB, relative error 0\.\d+",
         ),
         ({"target_error": 1e-12}, r"target_error=1e-12; expected at least \d\S*e-07, reached with \d+ saved bytes"),
-        ({}, "neither saved_bytes nor target_error; expected one of them"),
+        ({}, "none of saved_bytes, peak_bytes, target_error; expected one of them"),
         ({"saved_bytes": 1, "target_error": 1}, "both saved_bytes and target_error"),
         ({"saved_bytes": 0}, "saved_bytes=0; expected a positive number"),
         ({"target_error": -1}, "target_error=-1"),
@@ -233,7 +234,7 @@ def test_what_is_reachable_is_reached(surveyed):
 
 def test_mistakes_come_before_any_measurement():
     for asked, message in (
-        ({}, "neither"),
+        ({}, "none of saved_bytes"),
         ({"saved_bytes": 1, "target_error": 1}, "both"),
         ({"saved_bytes": -1}, "-1"),
     ):
@@ -413,7 +414,7 @@ def test_the_command(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ([], "neither --saved-mib nor --target-error"),
+        ([], "neither --saved-mib nor --memory-budget nor --target-error"),
         (["--saved-mib", "1", "--target-error", "1"], "both"),
         (["--saved-mib", "-3"], "--saved-mib -3"),
     ],
@@ -421,3 +422,30 @@ def test_the_command(tmp_path, monkeypatch):
 def test_the_command_explains_mistakes_before_it_loads(options, message):
     with pytest.raises(loract.InvalidSpec, match=message):
         CliRunner().invoke(app, ["plan", "/no/such/model", *options], catch_exceptions=False)
+
+
+def peak(model, batch, policy):
+    """Bytes that a step adds at its height, by a tracker of its own."""
+    with loract.attach(model, policy):
+        held = [*model.parameters(), *model.buffers(), *(t for t in batch.values() if isinstance(t, torch.Tensor))]
+        model.zero_grad(set_to_none=True)
+        found = step_bytes(lambda: loss(model, batch), lambda value: value.backward(), held)[1]
+    model.zero_grad(set_to_none=True)
+    return found
+
+
+def test_ten_budgets_for_the_peak_are_kept_and_used(surveyed):
+    model, batch, found = surveyed
+    least = min(choice.peak_bytes for choice in found.choices)
+    most = step_bytes(lambda: loss(model, batch), lambda value: value.backward(), model.parameters())[1]
+    model.zero_grad(set_to_none=True)
+    errors = []
+    for part in range(10):
+        budget = least + (most - least) * part // 9
+        choice = found.choose(peak_bytes=budget)
+        assert peak(model, batch, choice.policy) <= budget
+        assert choice.lossless or choice.peak_bytes >= 0.85 * budget
+        errors.append(0.0 if choice.lossless else choice.relative_error)
+    assert errors == sorted(errors, reverse=True)
+    with pytest.raises(loract.LoractError, match=f"at least {least} peak bytes"):
+        found.choose(peak_bytes=least - 1)

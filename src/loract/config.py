@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 from loract.audit import Audits, OnExcess
-from loract.codecs import Exact
 from loract.errors import InvalidSpec, LoractError, MissingExtra, nearest
+from loract.ladder import lossless
+from loract.memory import parse_bytes
 from loract.policy import DEFAULT, Policy, parse_policy
 
 try:
@@ -48,6 +49,17 @@ class Compression(_Block):
     """Relative error of the gradient that an audit may find."""
     on_excess: OnExcess = "warn"
     """What happens above `max_error`: a warning, a more accurate policy for the rest of the run, or its end."""
+    soft_limit: int | str | None = None
+    """Bytes that a micro-batch may add (2GiB, 500 MiB); above them it runs again with a smaller policy."""
+    dry_run: bool = True
+    """Try the longest batch before the first step, on accelerators and under a soft limit."""
+
+    @field_validator("soft_limit", mode="before")
+    @classmethod
+    def _is_a_size(cls, value: Any) -> Any:
+        if value is not None:
+            parse_bytes(value)
+        return value
 
     @model_validator(mode="before")
     @classmethod
@@ -64,8 +76,10 @@ class Compression(_Block):
         self.audits()
         return self
 
-    def audits(self) -> Audits | None:
+    def audits(self, policy: Policy | None = None) -> Audits | None:
         """When the run is audited; None: never, because it is switched off or nothing is lost.
+
+        `policy`: the one in force, where it is not that of the block any more.
 
         Raises:
             InvalidSpec: a bound without audits, or a reaction without a bound.
@@ -76,9 +90,12 @@ class Compression(_Block):
                 raise InvalidSpec(f"{name} with audit_every 0", "audits that find the error", "try audit_every: 50")
             return None
         audits = Audits(every=self.audit_every, max_error=self.max_error, on_excess=self.on_excess)
-        policy = self.policy()
-        lossless = policy is None or all(isinstance(rule.codec, Exact) for rule in policy.rules)
-        return None if lossless else audits
+        policy = policy or self.policy()
+        return None if policy is None or lossless(policy) else audits
+
+    def limit(self) -> int | None:
+        """`soft_limit` in bytes."""
+        return None if self.soft_limit is None else parse_bytes(self.soft_limit)
 
     def policy(self) -> Policy | None:
         """The policy that the block names; None for `none`."""
@@ -87,6 +104,8 @@ class Compression(_Block):
             return parse_policy(self.preset, **options)
         if any(value not in (None, False) for value in options.values()):
             raise InvalidSpec("preset none with an option", "none of rank, bits and exact", "choose another preset")
+        if self.soft_limit is not None:
+            raise InvalidSpec("preset none with soft_limit", "a preset with smaller ones", "choose another preset")
         return None
 
 

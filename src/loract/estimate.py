@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Generator
+import math
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.autograd import Function
 from torch.nn import functional
 from torch.overrides import handle_torch_function, has_torch_function
@@ -44,6 +45,29 @@ CODES: dict[str, tuple[int, int]] = {"nf4": (2, 64), "int8": (1, 0)}
 OPTIMISERS = {"adamw": 8, "adamw_8bit": 2, "sgd": 0, "momentum": 4, "adafactor": 0}
 """Bytes of state for each trained value (fp32 moments; Adafactor's are rows and columns, next to nothing)."""
 CLASSES = 10
+STEADY = 4096
+"""Tokens of a step from which on its bytes are in proportion: regions take some at a time, and so does the loss."""
+LENGTHS = 64
+"""Lengths are given in multiples of so many tokens."""
+GIB = 1 << 30
+RESERVED_BYTES = GIB
+"""Of a card's memory, for the driver's context and the libraries' workspaces."""
+LOST = 0.05
+"""Share of it that an allocator's gaps take."""
+CARDS = {
+    "8 GB (RTX 4060)": 8,
+    "12 GB (RTX 4070)": 12,
+    "16 GB (T4, RTX 4080)": 16,
+    "24 GB (RTX 4090, L4, A10)": 24,
+    "32 GB (RTX 5090)": 32,
+    "40 GB (A100)": 40,
+    "48 GB (L40S, A6000)": 48,
+    "80 GB (A100, H100)": 80,
+    "96 GB (RTX PRO 6000)": 96,
+    "141 GB (H200)": 140,
+    "192 GB (B200, MI300X)": 180,
+}
+"""Memory of cards in GiB."""
 PERIODS = ("sliding_window_pattern", "global_attn_every_n_layers")
 """Names under which configurations say after how many layers their kinds of attention repeat."""
 
@@ -103,6 +127,10 @@ class Estimate:
         return self.weights_bytes + self.trained_bytes + self.optimiser_bytes + self.step_bytes
 
 
+class NeedsValues(LoractError):
+    """An operator whose result depends on values: tensors without them cannot run it."""
+
+
 class Ghost:
     """A model without values, and a batch for it. Everything that touches them happens inside `active()`."""
 
@@ -117,12 +145,11 @@ class Ghost:
         self.config = _resized(architecture(setup.shape), layers)
         self.device = torch.device("meta" if setup.device == "accelerator" else "cpu")
         try:
-            with quiet(), self._mode:
+            with quiet():
                 with torch.device("meta"):
                     model = self._model()
-                if self.device.type == "cpu":
-                    _to_cpu(model)
-                with self.device:
+                with self._mode, self.device:
+                    _emptied(model)
                     self.work, self.batch = self._work(model)
         except (ValueError, TypeError, AttributeError, RuntimeError) as error:
             raise LoractError(
@@ -156,10 +183,12 @@ class Ghost:
                 if variant.checkpointing:
                     checkpointing(model, variant.checkpointing)
                 return self._measure(variant.name, model)
-            except torch._subclasses.fake_tensor.DataDependentOutputException as error:
-                raise _needs_values(self.setup, error.func) from error
-            except torch._subclasses.fake_tensor.DynamicOutputShapeException as error:
-                raise _needs_values(self.setup, error.func) from error
+            except (DataDependentOutputException, DynamicOutputShapeException) as error:
+                raise NeedsValues(
+                    f"{self.setup.shape.name}, in which {error.func} needs values",
+                    "a model whose shapes do not depend on its data",
+                    "take a similar model without experts",
+                ) from error
             finally:
                 model.zero_grad(set_to_none=True)
                 if handle is not None:
@@ -230,28 +259,79 @@ def estimate(setup: Setup, variant: Variant) -> Estimate:
     return Ghost(setup).measure(variant)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Room:
+    """What fits into some memory: 0 where not even one does."""
+
+    batch: int
+    """Sequences of the setup's length."""
+    length: int | None
+    """Tokens a sequence, with the setup's batch; None where the inputs have a length of their own."""
+
+
 class Depths:
     """The same for many batches and lengths: two shallow models, and the rest of the layers by proportion.
 
-    Layers repeat after a period, and from the third on each adds as many bytes as the one before.
+    Layers repeat after a period, and from the third on each adds as many bytes as the one before. Bytes grow in
+    proportion to the batch, and with the length at most as its square, where there are masks.
     """
 
     def __init__(self, setup: Setup) -> None:
         """Nothing is built yet."""
         self.setup = setup
-        config = architecture(setup.shape)
-        self.layers = int(config.num_hidden_layers)
-        period = max([1, *(int(getattr(config, name, None) or 1) for name in PERIODS)])
-        self.shallow = (2 * period, 3 * period) if self.layers > 3 * period else None
+        self.config = architecture(setup.shape)
+        self.layers = int(self.config.num_hidden_layers)
+        period = max([1, *(int(getattr(self.config, name, None) or 1) for name in PERIODS)])
+        self.shallow = (2 * period, 3 * period) if self.layers > 3 * period else (self.layers, self.layers)
+        self._ghosts: dict[tuple[int, int, int], Ghost] = {}
 
     def peak(self, variant: Variant, batch: int, length: int) -> int:
         """Peak bytes of a step, all included."""
-        setup = replace(self.setup, batch=batch, length=length)
-        if self.shallow is None:
-            return estimate(setup, variant).peak_bytes
-        one, two = (Ghost(setup, layers).measure(variant).peak_bytes for layers in self.shallow)
         first, second = self.shallow
+        one = self._ghost(batch, length, first).measure(variant).peak_bytes
+        if first == second:
+            return one
+        two = self._ghost(batch, length, second).measure(variant).peak_bytes
         return one + (two - one) * (self.layers - first) // (second - first)
+
+    def room(self, variant: Variant, budgets: Sequence[int]) -> list[Room]:
+        """For each budget in bytes the largest batch of this length, and the longest sequence in this batch."""
+        batch, length = self.setup.batch, self.setup.length
+        few = -(-STEADY // length)
+        one, two = (self.peak(variant, count, length) for count in (few, 2 * few))
+        each = (two - one) / few
+        batches = [max(0, int((budget - one) / each + few)) for budget in budgets]
+        if self.setup.shape.inputs == "images":
+            return [Room(batch=count, length=None) for count in batches]
+        unit = -(-STEADY // (batch * LENGTHS)) * LENGTHS
+        low, middle, high = (self.peak(variant, batch, unit * times) for times in (1, 2, 4))
+        # Through three points at 1, 2 and 4 units: c + b t + a t^2.
+        a = (high - 3 * middle + 2 * low) / 6
+        b = middle - low - 3 * a
+        c = low - a - b
+        most = int(getattr(self.config, "max_position_embeddings", None) or 2**31)
+        lengths = [min(most, _largest(budget, a, b, c, unit)) for budget in budgets]
+        return [Room(batch=count, length=tokens) for count, tokens in zip(batches, lengths, strict=True)]
+
+    def _ghost(self, batch: int, length: int, layers: int) -> Ghost:
+        key = batch, length, layers
+        if key not in self._ghosts:
+            self._ghosts[key] = Ghost(replace(self.setup, batch=batch, length=length), layers)
+        return self._ghosts[key]
+
+
+def _largest(budget: int, a: float, b: float, c: float, unit: int) -> int:
+    """Largest multiple of LENGTHS with c + b t + a t^2 <= budget, t in units of `unit` tokens."""
+    if budget <= c:
+        return 0
+    left = budget - c
+    t = (math.sqrt(b * b + 4 * a * left) - b) / (2 * a) if a > 1e-9 * b else left / b
+    return int(t * unit) // LENGTHS * LENGTHS
+
+
+def usable(gib: float) -> int:
+    """Bytes of a card's memory that a run can have."""
+    return int(gib * GIB * (1 - LOST)) - RESERVED_BYTES
 
 
 class StandIn(nn.Module):
@@ -354,8 +434,11 @@ def _resized(config: Any, layers: int | None) -> Any:
     return config
 
 
-def _to_cpu(model: nn.Module) -> None:
-    """Swap meta tensors for CPU ones; shared ones stay shared. Module.to refuses to change tensors without values."""
+def _emptied(model: nn.Module) -> None:
+    """Swap all tensors for new ones in the mode and on the device in force; shared ones stay shared.
+
+    The model is made before, since not all that makes a tensor asks the mode, and Module.to cannot change them after.
+    """
     made: dict[int, Tensor] = {}
     for module in model.modules():
         for store in (module._parameters, module._buffers):
@@ -363,18 +446,10 @@ def _to_cpu(model: nn.Module) -> None:
                 if old is None:
                     continue
                 if id(old) not in made:
-                    new = torch.empty(old.shape, dtype=old.dtype, device="cpu")
+                    new = torch.empty(old.shape, dtype=old.dtype)
                     made[id(old)] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
                 store[name] = made[id(old)]  # type: ignore[assignment]
 
 
 def _bytes(tensors: list[Tensor]) -> int:
     return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
-
-
-def _needs_values(setup: Setup, operator: Any) -> LoractError:
-    return LoractError(
-        f"{setup.shape.name}, which computes {operator} from values",
-        "a model whose shapes do not depend on its data",
-        "see the formula's figures",
-    )

@@ -6,7 +6,7 @@ import math
 import warnings
 import weakref
 from collections.abc import Callable, Generator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +16,7 @@ from loract.attach import Handle, attach
 from loract.audit import Audits, Capture, Fidelity, OnExcess, audit, tighter, worst
 from loract.codecs import Exact
 from loract.errors import InvalidSpec, LoractError, MissingExtra
+from loract.ladder import out_of_memory, release, smaller, told
 from loract.memory import MIB
 from loract.policy import DEFAULT, REGIONS, Policy, as_policy, preset
 from loract.saved import SiteStats
@@ -42,7 +43,11 @@ class LoractCallback(TrainerCallback):
     `loract/cosine` and `loract/gradient_error` (relative; of several processes the worst) and the
     `loract/audited_step` that they belong to. Where the error passes `max_error`, `on_excess` decides: `warn`;
     `tighten` attaches the next more accurate policy for the rest of training, also of a resumed one
-    (`loract/tightened` counts); `stop` ends training after this step.
+    (`loract/tightened` counts); `stop` ends training after this step. An audit for which there is no memory is left
+    out, with a sentence.
+
+    A step that runs out of memory is the trainer's affair: a callback cannot run it again. `loract train` can, and
+    calls `step_down`.
 
     A trainer that raises tells its callbacks nothing: the model then stays attached (same values, compressed
     gradients) until `detach()`, until training starts again, which attaches anew, or until the callback is collected
@@ -68,7 +73,7 @@ class LoractCallback(TrainerCallback):
                 a reaction without a bound.
         """
         self.policy, self.seed = as_policy(policy), seed
-        """The policy in force: the given one until it is tightened."""
+        """The policy in force: the given one until it is tightened, or made smaller where memory does not suffice."""
         if audit_every is None and (max_error is not None or on_excess != "warn"):
             name = "max_error" if max_error is not None else "on_excess"
             raise InvalidSpec(f"{name} without audit_every", "audits that find the error", "try audit_every=50")
@@ -83,6 +88,8 @@ class LoractCallback(TrainerCallback):
         """Why `on_excess="stop"` ended training, if it did."""
         self.tell: Callable[[str], object] = _warned
         """Receives a sentence, in the main process, where the error passes the bound; by default a warning."""
+        self.limited: Callable[[], AbstractContextManager[object]] = nullcontext
+        """What an audit runs in: a bound on its memory, if there is one."""
         self._given = self.policy
         self._kept: dict[str, Any] = {}
         self._stats: list[SiteStats] = []
@@ -111,13 +118,15 @@ class LoractCallback(TrainerCallback):
         self._attach(model)
 
     def _begin(self, state: Any) -> None:
-        """Start afresh, or go on with what the checkpoint says about audits."""
+        """Start afresh, or go on with what the checkpoint says about audits and memory."""
         self.fidelity, self.stopped, self.policy, self._stats = None, None, self._given, []
         # The trainer's state is in every checkpoint. Under the callback's own name there, the trainer would make a
         # new callback of it when told to restore callbacks, and could not name the policy.
         self._kept = state.stateful_callbacks.setdefault(_STATE, {"tightened": 0, "logged": {}})
-        for _ in range(self._kept["tightened"]):
-            self.policy = tighter(self.policy) or self.policy
+        self._kept.setdefault("rung", 0)
+        for change, times in ((tighter, self._kept["tightened"]), (smaller, self._kept["rung"])):
+            for _ in range(times):  # nothing is tightened any more once memory was short
+                self.policy = change(self.policy) or self.policy
 
     def _attach(self, model: nn.Module) -> None:
         caches = _caches_off(model)
@@ -132,23 +141,54 @@ class LoractCallback(TrainerCallback):
         self.handle, self._restore = handle, finaliser
 
     @contextmanager
-    def paused(self) -> Generator[nn.Module]:
-        """The model as it is without loract, for a while; then attached again, going on where it was.
+    def paused(self, state: Mapping[str, Any] | None = None) -> Generator[nn.Module]:
+        """The model as it is without loract, for a while; then attached again, also after an error.
 
-        A `policy` set meanwhile is the one that is attached.
+        The sites go on where they were, or from an earlier `state` of the handle. A `policy` set meanwhile is the one
+        that is attached.
 
         Raises:
             LoractError: it is not attached.
         """
         if self.handle is None:
             raise LoractError("a callback that is not attached", "one inside training", "pause it during training")
-        model, state, self._stats = self.handle.model, self.handle.state_dict(), self.stats()
+        model, self._stats = self.handle.model, self.stats()
+        known = self.handle.state_dict() if state is None else state
         self.detach()
-        yield model
-        self._attach(model)
-        assert self.handle is not None
-        fresh = self.handle.state_dict()
-        self.handle.load_state_dict({name: state.get(name, of_new_site) for name, of_new_site in fresh.items()})
+        try:
+            yield model
+        finally:
+            self._attach(model)
+            assert self.handle is not None
+            fresh = self.handle.state_dict()
+            self.handle.load_state_dict({name: known.get(name, of_new_site) for name, of_new_site in fresh.items()})
+
+    @property
+    def rung(self) -> int:
+        """How often the policy was made smaller."""
+        return self._kept.get("rung", 0)
+
+    @property
+    def waiting(self) -> bool:
+        """Whether an audit waits for the forward that it will be about."""
+        return self._capture is not None and self._capture._call is None
+
+    def step_down(self, state: Any, found: str, *, waiting: bool = False) -> bool:
+        """Attach the next smaller policy for the rest of training, also of a resumed one; False: there is none.
+
+        `found` begins the sentence that says so. `waiting`: what an audit waited for before the failed micro-batch,
+        it waits for again.
+        """
+        policy = smaller(self.policy)
+        if policy is None or self.handle is None:
+            return False
+        capture, before = self._capture, told(self.policy)
+        with self.paused():
+            self.policy = policy
+        self._capture = Capture(self.handle.model) if waiting else capture
+        self._kept["rung"] += 1
+        self._say(state, f"{found}: {told(policy)} goes on in place of {before}")
+        return True
 
     def stats(self) -> list[SiteStats]:
         """The handle's, or those from before a pause after which nothing has run yet; none while not attached."""
@@ -170,12 +210,20 @@ class LoractCallback(TrainerCallback):
         capture, self._capture = self._capture, None
         capture.close()
         step = state.global_step + 1
-        fidelity = self._measured(capture)
+        fidelity, short = None, False
+        try:
+            fidelity = self._measured(capture)
+        except BaseException as error:
+            if not out_of_memory(error):
+                raise
+            short = True
+        if short:  # outside of the except block, where nothing refers to what the audit held
+            release()
         # Of several processes the worst counts: all have to come to the same decision.
         error, cosine = worst(fidelity, args.device)
         if error == -math.inf:
-            name = type(capture.model).__name__
-            self._say(state, f"no audit at step {step}: no gradient came to an output of {name}")
+            nothing = f"no gradient came to an output of {type(capture.model).__name__}"
+            self._say(state, f"no audit at step {step}: {'out of memory' if short else nothing}")
             return
         if error == math.inf and getattr(args, "fp16", False):
             return  # a loss scale that overflows in plain autograd too; the scaler leaves the step out
@@ -190,7 +238,8 @@ class LoractCallback(TrainerCallback):
         with self.paused() as plain:
             caches = _caches_off(plain)
             try:
-                return audit(plain, None, self.policy, capture.loss, reference=_REFERENCE, seed=self.seed)
+                with self.limited():
+                    return audit(plain, None, self.policy, capture.loss, reference=_REFERENCE, seed=self.seed)
             finally:
                 _caches_back(caches)
 
@@ -210,6 +259,8 @@ class LoractCallback(TrainerCallback):
             return f"training stops after this step: {self.stopped}"
         if audits.on_excess == "warn":
             return f"{above}: try a higher rank, more bits or an exact preset"
+        if self.rung:
+            return f"{above}, and there is no memory for anything more accurate"
         policy = tighter(self.policy)
         if policy is None:
             return f"{above}, and nothing more accurate is left"
@@ -239,6 +290,8 @@ class LoractCallback(TrainerCallback):
         numbers |= self._kept["logged"]
         if self._kept["tightened"]:
             numbers["loract/tightened"] = self._kept["tightened"]
+        if self.rung:
+            numbers["loract/rung"] = self.rung
         logs.update(numbers)
         # The trainer has put a copy of the log into the history before it calls its callbacks.
         if state.log_history and "loss" in state.log_history[-1]:

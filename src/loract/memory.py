@@ -19,6 +19,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from loract.errors import InvalidSpec
+
 T = TypeVar("T")
 MIB = 1 << 20
 
@@ -55,10 +57,11 @@ class StorageTracker(TorchDispatchMode):
                 storage = leaf.untyped_storage()
                 key = storage._cdata
                 if key not in self._alive and key not in self._before and key not in inputs:
-                    self._add(key, storage)
+                    self._add(key, storage, leaf, func)
         return out
 
-    def _add(self, key: int, storage: torch.UntypedStorage) -> None:
+    def _add(self, key: int, storage: torch.UntypedStorage, made: Tensor, operator: Any) -> None:
+        """Count a storage; `made` and `operator` are for those who follow where it comes from."""
         size = storage.nbytes()
         if size == 0:
             return
@@ -138,6 +141,35 @@ _STATUS = Path("/proc/self/status")
 def _status_bytes(key: str) -> int:
     line = next(text for text in _STATUS.read_text().splitlines() if text.startswith(key))
     return int(line.split()[1]) * 1024
+
+
+_UNITS = {"": 1, "b": 1} | {
+    name: base**power
+    for power, letter in enumerate("kmgt", start=1)
+    for name, base in ((f"{letter}b", 1000), (f"{letter}ib", 1024), (letter, 1024))
+}
+
+
+def parse_bytes(size: str | int) -> int:
+    """Bytes that a person wrote: "2GiB", "500 MiB", "16GB", or a number of bytes.
+
+    Raises:
+        InvalidSpec: no number, an unknown unit, or nothing left.
+
+    Example:
+        >>> parse_bytes("2GiB"), parse_bytes("1.5 kB"), parse_bytes(4096)
+        (2147483648, 1500, 4096)
+    """
+    text = str(size).strip().lower()
+    number = text.rstrip("bikmgt ")
+    unit = text[len(number) :].strip()
+    try:
+        found = int(float(number) * _UNITS[unit])
+    except (ValueError, KeyError, OverflowError):
+        found = 0
+    if isinstance(size, bool) or found < 1:
+        raise InvalidSpec(f"size {size!r}", "a number of bytes with a unit", "try 8GiB")
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,6 +23,7 @@ from loract.config import TrainConfig
 from loract.cpu import fast_bf16
 from loract.errors import LoractError
 from loract.hf import LoractCallback
+from loract.ladder import out_of_memory, told
 from loract.memory import MIB, peak_rss_bytes
 from loract.report.sections import ENVIRONMENT, SITES, versions
 from loract.runs import CONFIG, SUMMARY, Run, step_of
@@ -36,8 +37,8 @@ RESUMABLE = {
     *("report_to", "dataloader_num_workers", "per_device_eval_batch_size", "max_eval_samples"),
 }
 """Keys that may differ from the run that is resumed; any other would make it another run."""
-AUDITS = {"audit_every", "max_error", "on_excess", "fidelity_steps"}
-"""The same in the block `activation_compression`: what a run that an audit ended needs to go on."""
+ADJUSTABLE = {"audit_every", "max_error", "on_excess", "fidelity_steps", "soft_limit", "dry_run"}
+"""The same in the block `activation_compression`: what a run that an audit or a limit ended needs to go on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +61,10 @@ class Result:
     cosine: float | None
     relative_error: float | None
     """Of the gradient, at the last measurement; None: never measured, because lossless or switched off."""
+    rung: int
+    """How often a smaller policy took over because memory did not suffice."""
+    policy: str | None
+    """The one in force at the end; None: without loract."""
     output: str | None
     """Folder of the adapter, or of the model where all weights train."""
 
@@ -78,9 +83,9 @@ def train(
     `tell` receives sentences for the user. SIGINT or SIGTERM ends the run after the present step, with a checkpoint.
 
     Raises:
-        LoractError: the folder is in use, a checkpoint is damaged, the disk is full, the loss is not finite, the
-            model or its gradients do not fit into memory, or an audit ended the run (`on_excess: stop`), of which
-            there is a checkpoint.
+        LoractError: the folder is in use, a checkpoint is damaged, the disk is full, the loss is not finite, no
+            policy makes a step fit into memory, or an audit ended the run (`on_excess: stop`), of which there is a
+            checkpoint.
     """
     config, state = ready.config, PartialState(cpu=not torch.accelerator.is_available())
     run = Run(folder=Path(config.output_dir))
@@ -115,12 +120,10 @@ def train(
             if compression is not None and compression.stopped and trainer.state.global_step < trainer.state.max_steps:
                 raise compression.stopped
             evaluation = {} if stop.asked or ready.test is None else trainer.last_evaluation() or trainer.evaluate()
-    except torch.OutOfMemoryError as error:
-        raise LoractError(
-            f"no memory left at step {trainer.state.global_step + 1}",
-            "a step that fits",
-            "try activation_compression.preset sublayer or layer, or a smaller per_device_train_batch_size",
-        ) from error
+    except BaseException as error:
+        if out_of_memory(error):  # in what does not run again: the optimiser, an evaluation, one of several processes
+            raise trainer.no_memory(error) from error
+        raise
     finally:
         if compression is not None:
             compression.detach()
@@ -157,6 +160,8 @@ def _result(trainer: RunTrainer, finished: bool, evaluation: Mapping[str, float]
         peak_mib=peak_mib(),
         cosine=None if fidelity is None else fidelity.cosine,
         relative_error=None if fidelity is None else fidelity.relative_error,
+        rung=0 if trainer.compression is None else trainer.compression.rung,
+        policy=None if trainer.compression is None else told(trainer.compression.policy),
         output=output,
     )
 
@@ -187,7 +192,7 @@ def _refuse_changes(run: Run, config: TrainConfig) -> None:
     before, now = yaml.safe_load(path.read_text(encoding="utf-8")), config.model_dump()
     for values in (before, now):
         values["activation_compression"] = {
-            key: value for key, value in values.get("activation_compression", {}).items() if key not in AUDITS
+            key: value for key, value in values.get("activation_compression", {}).items() if key not in ADJUSTABLE
         }
     for key in now.keys() - RESUMABLE:
         if key in before and before[key] != now[key]:
@@ -213,7 +218,7 @@ def _starting_point(run: Run, resume: bool, checkpoint: str | None, tell: Callab
 
 
 class _Follow(TrainerCallback):
-    """Restores, writes metrics, stops on a signal or on a loss that is not finite."""
+    """Restores, makes the dry run, writes metrics, stops on a signal or on a loss that is not finite."""
 
     def __init__(self, trainer: Any, run: Run, stop: _Stop) -> None:
         self.trainer, self.run, self.stop = trainer, run, stop
@@ -222,6 +227,7 @@ class _Follow(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.carry_on()
+        self.trainer.dry_run()
         self._since = (state.global_step, time.perf_counter())
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

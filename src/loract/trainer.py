@@ -1,10 +1,11 @@
-"""The trainer of each task, with whole checkpoints and counters that survive resuming."""
+"""The trainer of each task: whole checkpoints, counters that survive resuming, and steps that fit into memory."""
 
 from __future__ import annotations
 
+import heapq
 import json
 from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,11 @@ from transformers import DataCollatorWithPadding, PrinterCallback, Trainer, Trai
 from transformers.trainer import TRAINER_STATE_NAME
 from trl.trainer.sft_trainer import SFTTrainer
 
+from loract.attach import Handle
 from loract.config import Task, TrainConfig
 from loract.errors import LoractError
 from loract.hf import LoractCallback
+from loract.ladder import Moment, SoftLimit, SoftLimited, out_of_memory, release, smaller, told
 from loract.runs import Run
 from loract.tasks import Ready, trainer_arguments
 from loract.weights import quiet
@@ -29,18 +32,22 @@ _CARRIED = ("_total_loss_scalar", "_globalstep_last_logged", "_total_train_token
 
 
 class RunTrainer(Trainer):
-    """What `loract train` adds to a trainer: whole checkpoints, carried counters."""
+    """What `loract train` adds to a trainer: whole checkpoints, carried counters, the ladder of smaller policies."""
 
     run: Run
     compression: LoractCallback | None
     start: Path | None
     config: TrainConfig
     _staging: Path | None = None
+    _trying: bool = False
 
     def setup(self, run: Run, compression: LoractCallback | None, start: Path | None, config: TrainConfig) -> None:
         """Tell it about its run, before training."""
         self.run, self.compression, self.start, self.config = run, compression, start, config
         self.step_seconds: list[float] = []
+        self._limit = config.activation_compression.limit()
+        if compression is not None:
+            compression.limited = self._limited
 
     def last_evaluation(self) -> dict[str, float]:
         """The one of the present step, if it was made."""
@@ -109,6 +116,7 @@ class RunTrainer(Trainer):
             )
         if self.compression is not None and self.compression.handle is not None:
             self.compression.handle.load_state_dict(kept["sites"])
+            self._audit_what_is_lost()
         self._tr_loss.fill_(kept["loss"])
         for name, value in kept["counters"].items():
             setattr(self, name, value)
@@ -134,6 +142,127 @@ class RunTrainer(Trainer):
             self._load_from_checkpoint(str(self.start))
             self.state = state
         return done
+
+    # Memory
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """A micro-batch; where memory does not suffice it is undone and runs again with the next smaller policy.
+
+        Raises:
+            LoractError: nothing smaller is left.
+        """
+        while True:
+            before = self._before()
+            try:
+                with self._limited():
+                    return super().training_step(model, inputs, num_items_in_batch)
+            except BaseException as error:
+                if not out_of_memory(error):
+                    raise
+                if before is None or smaller(before.policy) is None:
+                    raise self.no_memory(error) from error
+                found = self._found(error)
+            # Outside of the except block, where nothing refers to the failed graph.
+            before.restore()
+            release()
+            assert self.compression is not None
+            self.compression.step_down(self.state, found, waiting=before.waiting)
+            self._audit_what_is_lost()
+
+    def dry_run(self) -> None:
+        """Before the first step: the longest batch forward and backward. Nothing remains but a smaller policy, if any.
+
+        Raises:
+            LoractError: it does not fit with the smallest one either.
+        """
+        before, compression = self._before(), self.compression
+        wanted = self._limit is not None or self.args.device.type != "cpu"
+        if before is None or not wanted or not self.config.activation_compression.dry_run:
+            return
+        assert compression is not None
+        assert compression.handle is not None
+        sites = compression.handle.state_dict()
+        self._trying, self.current_gradient_accumulation_steps = True, 1
+        try:
+            batch = self._longest_batch()
+            items = self._get_num_items_in_batch([batch], self.args.device)
+            self.training_step(self.model_wrapped, batch, items)
+        finally:
+            self._trying = False
+            before.restore()
+        with compression.paused(sites):  # attached anew: what a handle learns from its first calls is forgotten too
+            pass
+        release()
+
+    def no_memory(self, error: BaseException) -> LoractError:
+        """What to do where nothing smaller is left."""
+        compression, kept = self.compression, self.run.checkpoints()
+        with_ = " without loract" if compression is None else f" with {told(compression.policy)}"
+        advice = [
+            "a smaller per_device_train_batch_size with more gradient_accumulation_steps",
+            "a shorter max_length",
+            *(("activation_compression.preset balanced",) if compression is None else ()),
+            *(("a higher soft_limit",) if isinstance(error, SoftLimit) else ()),
+        ]
+        going_on = f"; {kept[-1].name} is whole: --resume goes on from it where there is more memory" if kept else ""
+        return LoractError(
+            self._found(error) + with_, "a step that fits", f"{', '.join(advice[:-1])} or {advice[-1]}{going_on}"
+        )
+
+    def _found(self, error: BaseException) -> str:
+        what = str(error) if isinstance(error, SoftLimit) else "out of memory"
+        return f"{what} {'in the dry run' if self._trying else f'at step {self.state.global_step + 1}'}"
+
+    def _limited(self) -> AbstractContextManager[object]:
+        return nullcontext() if self._limit is None else SoftLimited(self._limit, self.args.device)
+
+    def _before(self) -> _Before | None:
+        """What a retry needs; None: no retries. Other processes would wait for a part of a step that comes twice."""
+        compression = self.compression
+        if compression is None or compression.handle is None or self.args.world_size > 1 or self.args.n_gpu > 1:
+            return None
+        return _Before(self, compression, compression.handle)
+
+    def _audit_what_is_lost(self) -> None:
+        """A run that lost nothing was not audited; with a smaller policy it is."""
+        if self.compression is not None and self.compression.rung:
+            self.compression.audits = self.config.activation_compression.audits(self.compression.policy)
+
+    def _longest_batch(self) -> Any:
+        """Of the rows with the most tokens, or the first rows where they have none to count."""
+        assert self.train_dataset is not None
+        rows: Any = self._remove_unused_columns(self.train_dataset, description="training")
+        chosen = longest(rows, self._train_batch_size)
+        return self.data_collator([rows[index] for index in chosen])
+
+
+class _Before:
+    """A run before a micro-batch."""
+
+    def __init__(self, trainer: RunTrainer, compression: LoractCallback, handle: Handle) -> None:
+        self.policy, self.waiting = compression.policy, compression.waiting
+        self._trainer, self._moment = trainer, Moment.now(handle.model, handle)
+        self._sums = {name: list(values) for name, values in trainer._sums().items()}
+        self._counters = {name: getattr(trainer, name) for name in _CARRIED if hasattr(trainer, name)}
+
+    def restore(self) -> None:
+        """Undo the micro-batch, and what the trainer has counted of it."""
+        self._moment.restore()
+        sums = self._trainer._sums()
+        sums.clear()
+        sums.update({name: list(values) for name, values in self._sums.items()})
+        for name, value in self._counters.items():
+            setattr(self._trainer, name, value)
+
+
+def longest(rows: Any, count: int) -> list[int]:
+    """The `count` rows with the most tokens; the first ones where rows have no `input_ids`."""
+    if "input_ids" not in rows.column_names:
+        return list(range(min(count, len(rows))))
+    import pyarrow.compute as arrow
+
+    lengths = arrow.list_value_length(rows.with_format("arrow")["input_ids"]).to_pylist()
+    return heapq.nlargest(count, range(len(lengths)), key=lengths.__getitem__)
 
 
 _BASES: dict[Task, type[Any]] = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import typer
 
 from loract import __version__
-from loract.cli import audit, bench, demo, env, inspect, plan, profile, report
+from loract.cli import audit, bench, demo, env, estimate, inspect, plan, profile, report
 from loract.cli import train as runs
 
 app = typer.Typer(
@@ -19,6 +19,7 @@ _VERBS = (
     runs.init,
     demo.demo,
     audit.audit,
+    estimate.estimate,
     inspect.inspect,
     plan.plan,
     profile.profile,

@@ -12,20 +12,25 @@ import typer
 from rich.table import Table
 from torch import Tensor
 
+from loract.budget import candidates, first_that_fits
 from loract.cli.common import GEMMA, Model, console, model_folder, parse_dtype, progress_bar
-from loract.compare import Ticker
+from loract.compare import Ticker, Variant
 from loract.cpu import fast_bf16
-from loract.errors import InvalidSpec
-from loract.memory import MIB
-from loract.plan import Choice, Survey, survey
+from loract.errors import InvalidSpec, LoractError
+from loract.estimate import GIB, OPTIMISERS, Ghost, Setup
+from loract.memory import MIB, parse_bytes
+from loract.policy import Policy
 from loract.policyfile import describe, save_policy
+from loract.shapes import SHAPES, architecture, shape
 from loract.studies import WARM_STEPS, warm
+from loract.survey import Choice, Survey, survey
 from loract.workload import workload
 
 
 def plan(
     model: Model = GEMMA,
     saved_mib: Annotated[float | None, typer.Option(help="Least error within so many MiB saved for backward.")] = None,
+    memory_budget: Annotated[str | None, typer.Option(help="Least error within this memory, for example 8GiB.")] = None,
     target_error: Annotated[float | None, typer.Option(help="Fewest bytes within this error of the gradient.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Sequences.")] = 2,
     length: Annotated[int, typer.Option(min=8, help="Tokens a sequence.")] = 256,
@@ -37,14 +42,23 @@ def plan(
     """Measure what coding costs, kind by kind and layer by layer, and choose the policy for a budget.
 
     The step is the decoder body on text of the standard library, as in `loract profile`; the model gets LoRA adapters
-    on all linear layers, trained for a few short steps.
+    on all linear layers, trained for a few short steps. A memory budget is for everything: weights, adapters, AdamW's
+    state, and a whole step, the loss included. For a shape or a config.json (see `loract estimate`) it is estimated.
     """
-    if (saved_mib is None) == (target_error is None):
-        got = "neither --saved-mib nor --target-error" if saved_mib is None else "both --saved-mib and --target-error"
+    given = {"--saved-mib": saved_mib, "--memory-budget": memory_budget, "--target-error": target_error}
+    named = [name for name, value in given.items() if value is not None]
+    if len(named) != 1:
+        got = f"both {' and '.join(named)}" if named else f"neither {' nor '.join(given)}"
         raise InvalidSpec(got, "one of them", "try --target-error 0.05")
     for name, value in (("--saved-mib", saved_mib), ("--target-error", target_error)):
         if value is not None and not value > 0:
             raise InvalidSpec(f"{name} {value:g}", "a positive number", "try --target-error 0.05")
+    total = None if memory_budget is None else parse_bytes(memory_budget)
+    if model.lower() in SHAPES or model.endswith(".json"):
+        if total is None:
+            raise InvalidSpec(f"{named[0]} for a shape", "--memory-budget", "the others are measured: name a folder")
+        _estimated(Setup(shape=shape(model), batch=batch, length=length), total, out, as_json)
+        return
     work = workload(model_folder(model), length=length, train=batch, held_out=1, dtype=parse_dtype(dtype))
     with progress_bar() as progress, fast_bf16():
         warm(work, Ticker(progress, WARM_STEPS))
@@ -54,9 +68,12 @@ def plan(
             """A number with the loss's gradient, that keeps nothing of its own."""
             return torch.sum(work.hidden(model, ids) * upstream)
 
-        found = survey(work.model, work.train, loss=step, blocks=blocks, progress=progress)
-    budget = None if saved_mib is None else int(saved_mib * MIB)
-    chosen = found.choose(saved_bytes=budget, target_error=target_error)
+        loss = step if total is None else work.loss
+        blocks = blocks or total is not None
+        found = survey(work.model, work.train, loss=loss, blocks=blocks, progress=progress)
+    saved = None if saved_mib is None else int(saved_mib * MIB)
+    peak = None if total is None else _left(total, work.model)
+    chosen = found.choose(saved_bytes=saved, peak_bytes=peak, target_error=target_error)
     if out is not None:
         save_policy(chosen.policy, out, work.model)
     if as_json:
@@ -66,10 +83,49 @@ def plan(
     console.print(f"{batch} x {length} tokens, {dtype}; plain autograd saves {found.plain_bytes / MIB:.1f} MiB")
     console.print(_sensitivities(found))
     console.print(_choices(found, chosen))
-    rules = Table("kind", "layers", "codec", title=f"chosen: {chosen.policy.name}", title_justify="left")
-    for rule in chosen.policy.rules:
-        rules.add_row(rule.kind, "all" if rule.layers is None else _range(rule.layers), describe(rule.codec))
-    console.print(rules)
+    console.print(_rules(chosen.policy))
+    if out is not None:
+        console.print(f"written to {out}")
+
+
+def _left(total: int, model: Any) -> int:
+    """What a budget leaves for the step.
+
+    Raises:
+        LoractError: nothing.
+    """
+    parameters, state = list(model.parameters()), OPTIMISERS["adamw"]
+    there = sum(t.numel() * t.element_size() for t in (*parameters, *model.buffers()))
+    there += sum(p.numel() * state for p in parameters if p.requires_grad)
+    if total <= there:
+        got, expected = f"a budget of {total / MIB:.0f} MiB", f"more than {there / MIB:.0f} MiB, for weights and AdamW"
+        raise LoractError(got, expected, "raise the budget")
+    return total - there
+
+
+def _estimated(setup: Setup, budget: int, out: Path | None, as_json: bool) -> None:
+    """The first policy whose estimated peak is within the budget."""
+    policies = candidates(int(architecture(setup.shape).num_hidden_layers))
+    with progress_bar() as progress:
+        tick, ghost = Ticker(progress, len(policies) + 1), Ghost(setup)
+
+        def peak(policy: Policy) -> int:
+            tick(f"estimating {policy.name}")
+            return ghost.measure(Variant(name=policy.name, policy=policy)).peak_bytes
+
+        chosen, seen = first_that_fits(policies, peak, budget)
+    if out is not None:
+        save_policy(chosen, out)
+    if as_json:
+        fits = [{"policy": fit.policy.name, "peak_bytes": fit.peak_bytes} for fit in seen]
+        console.print_json(json.dumps({"budget": budget, "chosen": chosen.name, "estimates": fits}))
+        return
+    title = f"{setup.shape.name}, LoRA r = {setup.lora_rank}, {setup.batch} x {setup.length} tokens, estimated"
+    table = Table("", "policy, by what it loses", "peak GiB", title=title, title_justify="left")
+    for fit in seen:
+        table.add_row("*" if fit.policy is chosen else "", fit.policy.name, f"{fit.peak_bytes / GIB:.2f}")
+    console.print(table)
+    console.print(_rules(chosen))
     if out is not None:
         console.print(f"written to {out}")
 
@@ -85,7 +141,7 @@ def _sensitivities(found: Survey) -> Table:
 
 
 def _choices(found: Survey, chosen: Choice) -> Table:
-    header = ("", "candidate", "saved MiB", "predicted", "relative error", "predicted", "cosine")
+    header = ("", "candidate", "saved MiB", "predicted", "peak MiB", "relative error", "predicted", "cosine")
     table = Table(*header, title="candidates", title_justify="left")
     for choice in found.choices:
         table.add_row(
@@ -93,10 +149,18 @@ def _choices(found: Survey, chosen: Choice) -> Table:
             choice.policy.name,
             f"{choice.saved_bytes / MIB:.2f}",
             "-" if choice.predicted_bytes is None else f"{choice.predicted_bytes / MIB:.2f}",
+            f"{choice.peak_bytes / MIB:.1f}",
             f"{choice.relative_error:.3g}",
             "-" if choice.predicted_error is None else f"{choice.predicted_error:.3g}",
             f"{choice.cosine:.5f}",
         )
+    return table
+
+
+def _rules(policy: Policy) -> Table:
+    table = Table("kind", "layers", "codec", title=f"chosen: {policy.name}", title_justify="left")
+    for rule in policy.rules:
+        table.add_row(rule.kind, "all" if rule.layers is None else _range(rule.layers), describe(rule.codec))
     return table
 
 

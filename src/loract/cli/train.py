@@ -169,6 +169,8 @@ def _summary(config: TrainConfig, result: Result) -> None:
     table.add_row("peak memory", f"{result.peak_mib:.0f} MiB")
     if result.cosine is not None:
         table.add_row("gradient", f"cosine {result.cosine:.4f}, relative error {result.relative_error:.3g}")
+    if result.rung:
+        table.add_row("memory was short", f"went on with {result.policy}")
     table.add_row("written to", result.output or f"{config.output_dir} (stopped; --resume goes on)")
     console.print(table)
 

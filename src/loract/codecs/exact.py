@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from loract.codecs.base import Packed, State, Stored, tokens_features
+from loract.linalg import promote
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +54,7 @@ class Patched(Packed):
     kept: tuple[Tensor, ...]
     shape: tuple[int, int]
     dtype: torch.dtype
+    error: Tensor | None = None
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:  # noqa: D102
@@ -64,7 +66,36 @@ class Patched(Packed):
 
 
 class ExactTokens(Patched):
-    """Tokens (k, n) added at rows `index` (k,) of `inner`, which decodes to 0 there; rows beyond it are left out."""
+    """Tokens (k, n) added to rows `index` (k,) of `inner`; rows beyond it are left out.
+
+    The tokens are kept as they are where `inner` decodes to 0 there, else less what it decodes to.
+    """
+
+    @property
+    def factored(self) -> bool:  # type: ignore[override]
+        """As the representation of the rest."""
+        return self.inner.factored
+
+    def contract(self, g: Tensor) -> Tensor:
+        """g^T X of both parts."""
+        g = promote(g)
+        lines, index = self.kept
+        if self.shape[0] == 0:
+            return self.inner.contract(g)
+        here = (index >= 0) & (index < self.shape[0])
+        own = torch.where(here[:, None], g[index.clamp(0, self.shape[0] - 1)], g.new_zeros(()))
+        return self.inner.contract(g) + own.T @ lines.to(g.dtype)
+
+    def linear(self, weight: Tensor) -> Tensor:
+        """X W^T of both parts."""
+        lines, index = self.kept
+        last = self.shape[0] - 1
+        if last < 0:
+            return self.inner.linear(weight)
+        here = (index >= 0) & (index <= last)
+        own = lines.to(self.dtype) @ weight.to(self.dtype).T
+        own = torch.where(here[:, None], own, torch.zeros_like(own))
+        return self.inner.linear(weight).index_add_(0, index.clamp(0, last), own)
 
     def decode(self) -> Tensor:
         """X (N, n). A feature that is lost in `inner` (NaN) stays lost in every token."""

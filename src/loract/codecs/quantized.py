@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -14,9 +12,10 @@ from torch import Tensor
 from loract.bitpack import absmax, low_byte, pack, unpack
 from loract.codecs.base import Packed, State, Stored, tokens_features
 from loract.codecs.exact import Exact, ExactFeatures, ExactTokens
+from loract.codecs.loud import loud_features, loud_tokens
 from loract.device import generator as seeded
 from loract.errors import InvalidSpec
-from loract.linalg import promote, row_chunks, row_energies
+from loract.linalg import promote, row_chunks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -272,33 +271,3 @@ def normal_levels(bits: int, shared: int) -> Tensor:
     half = torch.special.ndtri(torch.linspace(0.5, top, 2 ** (bits - 1), dtype=torch.float64))
     half = half / half[-1]
     return torch.cat([-half[1:].flip(0), half])
-
-
-def loud_tokens(x: Tensor, count: int) -> Tensor:
-    """Indices of the `count` tokens of x (N, n) of largest energy relative to each feature's mean magnitude.
-
-    A token with a value that is not finite comes first.
-    """
-    weight = _reciprocal(_total(promote(x[part]).abs().sum(0) for part in row_chunks(x)) / len(x))
-    return torch.cat([row_energies(x[part] * weight) for part in row_chunks(x)]).topk(count).indices
-
-
-def loud_features(x: Tensor, count: int) -> Tensor:
-    """Indices of the `count` features of x (N, n) of largest energy relative to each token's mean magnitude.
-
-    A feature with a value that is not finite comes first.
-    """
-    weights = (_reciprocal(promote(x[part]).abs().mean(1, keepdim=True)) for part in row_chunks(x))
-    parts = zip(row_chunks(x), weights, strict=True)
-    return _total((x[part] * weight).square_().sum(0) for part, weight in parts).topk(count).indices
-
-
-def _total(parts: Iterable[Tensor]) -> Tensor:
-    """The sum of at least one tensor."""
-    return functools.reduce(torch.add, parts)
-
-
-def _reciprocal(typical: Tensor) -> Tensor:
-    """1 / typical; 0 where that is 0 or not finite, so that a line is judged by the lines that can be compared."""
-    usable = torch.isfinite(typical) & (typical > 0)
-    return torch.where(usable, typical, torch.ones_like(typical)).reciprocal_().mul_(usable)

@@ -18,11 +18,12 @@ from torch.utils._python_dispatch import _disable_current_modes  # pyright: igno
 from loract.bitpack import pack, unpack
 from loract.bounds import posterior_floor
 from loract.codecs.base import Packed, State, Stored, tokens_features
-from loract.codecs.exact import Exact
+from loract.codecs.exact import Exact, ExactTokens
+from loract.codecs.loud import loud_tokens
 from loract.device import generator as seeded
 from loract.device import has_values
 from loract.errors import InvalidSpec
-from loract.linalg import CHUNK_ELEMENTS, gram, leading_eigenvectors, promote, row_chunks, row_energies
+from loract.linalg import CHUNK_ELEMENTS, gram, leading_eigenvectors, promote, row_chunks, row_energies, squared_norm
 from loract.rangefinder import RangeFinder, Sampled
 
 BANDS = (8, 4, 2, 1)
@@ -41,6 +42,8 @@ DEFAULT_DECAY = 1.25
 """Variances j^-DEFAULT_DECAY stand for a spectrum that nobody has seen yet."""
 SCALE_BYTES = 8
 """A component's scale at its widest (fp64; 4 otherwise): what is planned is never exceeded."""
+INDEX_BYTES = 4
+"""An outlier's number."""
 NEGLIGIBLE = 1e-10
 """Share of the energy below which a component earns no bit."""
 
@@ -54,9 +57,11 @@ class Transform:
     included. Bytes: at most about N n bits / 8 for codes, k (n basis_bits / 8 + 4) for P and a scale a column; few
     tokens make columns dear, and so fewer. `target_error` (relative, Frobenius) takes the place of `bits` once a
     spectrum is known. `refresh`: encodes of a state from one basis to the next; between them it is reused (and its
-    codes, k n basis_bits / 8 bytes, stay with the state). No shape waits for this step's data: widths come from
-    earlier steps; the first encode of a state takes them from its own data on CPU, where reading is free, and from a
-    power law elsewhere. `guard`: keep exactly what would not shrink. NaN or infinity anywhere decodes to NaN.
+    codes, k n basis_bits / 8 bytes, stay with the state). `outliers`: so many tokens of largest energy are
+    kept exactly, in x's dtype; basis and scales are those of the rest. No shape waits for this step's data: widths
+    come from earlier steps; the first encode of a state takes them from its own data on CPU, where reading is free,
+    and from a power law elsewhere. `guard`: keep exactly what would not shrink. NaN or infinity anywhere decodes to
+    NaN.
 
     Example:
         >>> g = torch.Generator().manual_seed(0)
@@ -70,6 +75,7 @@ class Transform:
     target_error: float | None = None
     refresh: int = 1
     basis_bits: int = 8
+    outliers: int = 0
     sampler: RangeFinder = field(default_factory=Sampled)
     guard: bool = True
 
@@ -77,7 +83,8 @@ class Transform:
         """Validate the configuration.
 
         Raises:
-            InvalidSpec: bits outside (0, 8], a target outside (0, 1), refresh below 1, basis_bits outside 2..8.
+            InvalidSpec: bits outside (0, 8], a target outside (0, 1), refresh below 1, basis_bits outside 2..8,
+                a negative number of outliers.
         """
         if isinstance(self.bits, bool) or not isinstance(self.bits, (int, float)) or not 0 < self.bits <= 8:
             raise InvalidSpec(f"bits={self.bits!r}", "a number of bits a value in (0, 8]", "use bits=2.0")
@@ -89,13 +96,20 @@ class Transform:
             raise InvalidSpec(f"refresh={self.refresh!r}", "an integer of at least 1", "use refresh=1")
         if isinstance(self.basis_bits, bool) or self.basis_bits not in range(2, 9):
             raise InvalidSpec(f"basis_bits={self.basis_bits!r}", "an integer from 2 to 8", "use basis_bits=8")
+        if isinstance(self.outliers, bool) or not isinstance(self.outliers, int) or self.outliers < 0:
+            raise InvalidSpec(f"outliers={self.outliers!r}", "an integer from 0", "use outliers=0, or 16")
 
     def codes(self, tokens: int, features: int, dtype: torch.dtype) -> bool:
         """Whether codes and basis take fewer bytes than x, or `guard` is off; never for integer tensors."""
         if not dtype.is_floating_point or tokens == 0 or features == 0:
             return False
         default = _default(self.bits, tokens, features, self.basis_bits)
-        return not self.guard or _bytes(default, tokens, features, self.basis_bits) < tokens * features * dtype.itemsize
+        size = _bytes(default, tokens, features, self.basis_bits) + self._apart(tokens, features, dtype)
+        return not self.guard or size < tokens * features * dtype.itemsize
+
+    def _apart(self, tokens: int, features: int, dtype: torch.dtype) -> int:
+        """Bytes of the outliers."""
+        return min(self.outliers, tokens - 1) * (features * dtype.itemsize + INDEX_BYTES)
 
     def encode(self, x: Tensor, generator: torch.Generator | None = None, state: State | None = None) -> Packed:
         """Pack x (..., n); draws from `generator` (on x's device; seed 0 if None) where a sketch is taken."""
@@ -104,6 +118,23 @@ class Transform:
             return Exact().encode(x)
         x = x.detach().reshape(tokens, features)
         state = State() if state is None else state
+        count = min(self.outliers, tokens - 1)
+        if count == 0:
+            return self._encoded(x, generator, state)
+        index = loud_tokens(x, count)
+        rest = x.index_fill(0, index, 0)
+        packed = self._encoded(rest, generator, state)
+        # Few bits have no level 0: what the codes say of a missing token is taken off what is kept of it.
+        lines = promote(x[index]) - promote(packed.take(index).decode())
+        assert packed.error is not None
+        share = (squared_norm(rest) / squared_norm(x).clamp_min(torch.finfo(lines.dtype).tiny)).sqrt()
+        patched = ExactTokens(
+            inner=packed, kept=(lines.to(x.dtype), index.to(torch.int32)), shape=packed.shape, dtype=x.dtype
+        )
+        return replace(patched, error=packed.error * share)
+
+    def _encoded(self, x: Tensor, generator: torch.Generator | None, state: State) -> TransformPacked:
+        tokens, features = x.shape
         energies = row_energies(x)
         total = energies.sum()
         # A short last batch says little about those to come; batches that stay short do.
@@ -158,7 +189,8 @@ class Transform:
 
     def _fits(self, x: Tensor, widths: tuple[int, ...]) -> bool:
         tokens, features = x.shape
-        small = _bytes(widths, tokens, features, self.basis_bits) < x.nbytes
+        apart = self._apart(tokens, features, x.dtype)
+        small = _bytes(widths, tokens, features, self.basis_bits) + apart < x.nbytes
         return sum(widths) <= min(tokens, features) and (small or not self.guard)
 
     def _planned(self, x: Tensor, state: State) -> tuple[int, ...] | None:
@@ -194,7 +226,7 @@ class Transform:
 
     def _allocate(self, x: Tensor, variances: Tensor, aim: float | None) -> tuple[int, ...]:
         tokens, features = x.shape
-        budget = None if not self.guard else x.nbytes - 1
+        budget = None if not self.guard else x.nbytes - 1 - self._apart(tokens, features, x.dtype)
         with torch.device("cpu"):  # also where the user's default is another
             return _allocated(variances, tokens, features, self.basis_bits, bits=self.bits, aim=aim, budget=budget)
 
@@ -279,8 +311,12 @@ class TransformPacked(Stored):
 
     def rows(self, part: slice) -> Packed:
         """Codes[part], the same basis."""
+        return self.take(part)
+
+    def take(self, which: slice | Tensor) -> Packed:
+        """The tokens of a slice, or with these indices."""
         codes, *rest = self.kept
-        codes = codes[part]
+        codes = codes[which]
         return replace(self, kept=(codes, *rest), shape=(len(codes), self.shape[1]), error=None)
 
 
