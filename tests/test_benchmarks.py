@@ -26,7 +26,7 @@ def script(name):
     return module
 
 
-training, codecs = script("training"), script("codecs")
+training, codecs, rounding = (script(name) for name in ("training", "codecs", "rounding"))
 
 
 def characters(text, **_):
@@ -239,3 +239,25 @@ def test_the_search_finds_the_largest(first, offset):
     for budget in range(250):
         best = max((n for n in range(1, 21) if 10 * n + offset <= budget), default=0)
         assert codecs.largest(lambda n: 10 * n + offset, budget, family) == best
+
+
+@pytest.fixture(scope="module")
+def roundings(tmp_path_factory):
+    out = tmp_path_factory.mktemp("rounding")
+    arguments = ("--batch", "2", "--length", "32", "--out", str(out))
+    rounding.main(arguments, work)
+    return out, arguments
+
+
+def test_every_kind_of_rounding_is_a_line(roundings):
+    found = {row["rounded"]: row["values"] for row in lines(roundings[0])}
+    assert len(found) == 1 + 3 * (len(rounding.KINDS) + 1)
+    for name, values in found.items():
+        assert 0 < values["relative_error"] < 1, name  # each kind is there, and rounds
+    # What is rounded on the way forward changes the function; on the way back its gradient alone.
+    assert found["all of these, backward"]["relative_error"] < found["all of these, forward"]["relative_error"]
+
+
+def test_a_finished_rounding_study_loads_nothing(roundings, capsys):
+    rounding.main(roundings[1], unneeded)
+    assert "own dtype" in (roundings[0] / "table.md").read_text()

@@ -261,7 +261,7 @@ def test_attention_keeps_repeated_heads_and_masks_once(masked):
 
     expected = torch.autograd.grad(attend(), (query, key, value))
     running = site(Exact())
-    with attention_hooks(running, key, value, mask):
+    with attention_hooks(running, query, key, value, mask):
         loss = attend()
     assert all(torch.equal(a, b) for a, b in zip(torch.autograd.grad(loss, (query, key, value)), expected, strict=True))
     report = running.report()
@@ -272,10 +272,10 @@ def test_attention_keeps_repeated_heads_and_masks_once(masked):
 
 
 def test_attention_keeps_a_key_that_only_looks_repeated():
-    key, value = normal(1, 1, 4, 8), normal(1, 1, 4, 8, seed=1)
-    other = normal(1, 2, 4, 8, seed=2).requires_grad_()
+    query, key, value = (normal(1, 1, 4, 8, seed=s) for s in range(3))
+    other = normal(1, 2, 4, 8, seed=3).requires_grad_()
     running = site(Exact())
-    with attention_hooks(running, key, value, None):
+    with attention_hooks(running, query, key, value, None):
         loss = (other * other).sum()
     assert torch.equal(torch.autograd.grad(loss, other)[0], 2 * other)
     assert not running.ledger.knows(key)

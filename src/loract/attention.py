@@ -146,7 +146,7 @@ class Coding(_Meeting):
             return forward()
         operands = [canonical(t) for t in (call.query, call.key, call.value)] if self.sites and call.supported else []
         if not any(site.lossy(x) for site, x in zip(self.sites, operands, strict=False)):
-            with attention_hooks(self.site, call.key, call.value, call.attn_mask):
+            with attention_hooks(self.site, call.query, call.key, call.value, call.attn_mask):
                 return forward()
         packed: list[Packed] = []
         for site, x in zip(self.sites, operands, strict=True):
@@ -185,7 +185,9 @@ def register() -> None:
 
 
 @contextmanager
-def attention_hooks(site: RunningSite, key: Tensor, value: Tensor, mask: Tensor | None) -> Generator[None]:
+def attention_hooks(
+    site: RunningSite, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
+) -> Generator[None]:
     """Keep what scaled dot product attention saves without duplicates.
 
     A key or value repeated over the query heads is kept once per key head; a float mask that the kernel made from
@@ -194,6 +196,7 @@ def attention_hooks(site: RunningSite, key: Tensor, value: Tensor, mask: Tensor 
     kept = 0
     before = 0
     position = 0
+    matched: set[int] = set()
 
     def pack(saved: Tensor) -> Any:
         nonlocal kept, before, position
@@ -205,8 +208,9 @@ def attention_hooks(site: RunningSite, key: Tensor, value: Tensor, mask: Tensor 
         before += saved.numel() * saved.element_size()
         found = [pair for index, pair in enumerate(sources) if same(index, *pair, saved)]
         # Where one comparison speaks for all calls to come, it must have told the sources apart.
-        if found and (saved.is_cpu or len(found) == 1):
+        if found and (saved.is_cpu or len(found) == 1 or not has_values(saved)):
             source, rebuild = found[0]
+            matched.add(id(source))
             kept += site.ledger.claim(source)
             return (source.detach(), rebuild, saved.shape, saved.dtype, saved.stride())
         kept += site.ledger.claim(saved)
@@ -226,10 +230,13 @@ def attention_hooks(site: RunningSite, key: Tensor, value: Tensor, mask: Tensor 
         signature = (position, index, source.shape, source.dtype, saved.shape, saved.dtype)
         if not saved.is_cpu and signature in site.verified:
             return site.verified[signature]
-        if not has_values(saved) and rebuild is not _float_mask:  # queries have the shape of repeated keys
-            return False
+        if saved.untyped_storage()._cdata == source.untyped_storage()._cdata:
+            matched.add(id(source))  # as it is
         candidate = rebuild(source, saved)
         equal = candidate is not None and agree(candidate, saved)
+        if equal and not has_values(saved) and rebuild is _repeated:
+            # Queries and the output have that shape too. Keys and values are saved once each, the output after them.
+            equal = saved.untyped_storage()._cdata != query.untyped_storage()._cdata and id(source) not in matched
         site.verified[signature] = equal
         return equal
 

@@ -171,7 +171,7 @@ class Yardstick:
         """Measure with a copy of `model` in fp32."""
         wide = copy.deepcopy(model).float()
         upstream = work.upstream(wide, batch)
-        loss, exact = gradients(wide, batch, _inner(work, upstream))
+        loss, exact = gradients(wide, batch, inner(work, upstream))
         return cls(work=work, model=wide, batch=batch, upstream=upstream, loss=loss, exact=exact)
 
     def score(self, variant: Variant) -> Fidelity:
@@ -180,7 +180,7 @@ class Yardstick:
             return compare_gradients(self.loss, self.exact, self.exact, [])
         twin = contend(self.model, variant)
         try:
-            loss, ours = gradients(twin.model, self.batch, _inner(self.work, self.upstream))
+            loss, ours = gradients(twin.model, self.batch, inner(self.work, self.upstream))
             stats = [] if twin.handle is None else twin.handle.stats()
         finally:
             twin.close()
@@ -188,12 +188,12 @@ class Yardstick:
 
     def own(self, model: Any) -> Fidelity:
         """The gradient of `model` as it is, in its own dtype. Leaves no gradients behind."""
-        loss, ours = gradients(model, self.batch, _inner(self.work, self.upstream))
+        loss, ours = gradients(model, self.batch, inner(self.work, self.upstream))
         model.zero_grad(set_to_none=True)
         return compare_gradients(loss, self.exact, ours, [])
 
 
-def _inner(work: Work, upstream: Tensor) -> Callable[[Any, Any], Tensor]:
+def inner(work: Work, upstream: Tensor) -> Callable[[Any, Any], Tensor]:
     """A loss whose gradient with respect to the hidden state is `upstream`."""
 
     def loss(model: Any, batch: Any) -> Tensor:

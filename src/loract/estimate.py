@@ -68,8 +68,6 @@ CARDS = {
     "192 GB (B200, MI300X)": 180,
 }
 """Memory of cards in GiB."""
-PERIODS = ("sliding_window_pattern", "global_attn_every_n_layers")
-"""Names under which configurations say after how many layers their kinds of attention repeat."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -281,7 +279,7 @@ class Depths:
         self.setup = setup
         self.config = architecture(setup.shape)
         self.layers = int(self.config.num_hidden_layers)
-        period = max([1, *(int(getattr(self.config, name, None) or 1) for name in PERIODS)])
+        period = _period(self.config)
         self.shallow = (2 * period, 3 * period) if self.layers > 3 * period else (self.layers, self.layers)
         self._ghosts: dict[tuple[int, int, int], Ghost] = {}
 
@@ -318,6 +316,13 @@ class Depths:
         if key not in self._ghosts:
             self._ghosts[key] = Ghost(replace(self.setup, batch=batch, length=length), layers)
         return self._ghosts[key]
+
+
+def _period(config: Any) -> int:
+    """After how many layers their kinds repeat."""
+    kinds = list(getattr(config, "layer_types", None) or ())
+    found = next((p for p in range(1, len(kinds)) if all(a == b for a, b in zip(kinds, kinds[p:], strict=False))), 1)
+    return max(found, int(getattr(config, "global_attn_every_n_layers", None) or 1))
 
 
 def _largest(budget: int, a: float, b: float, c: float, unit: int) -> int:
@@ -402,7 +407,8 @@ def _substituted() -> Generator[None]:
 
     Attention on the meta device would form all scores: it is what torch runs on an accelerator instead, FlashAttention,
     or with a mask the efficient kernel. transformers looks for packed sequences in the positions' values, and where
-    there are none assumes the worst: a batch without values is one of whole sequences.
+    there are none assumes the worst: a batch without values is one of whole sequences. PEFT switches autocast off for a
+    parameter's device, and meta has none.
     """
     from transformers import masking_utils
 
@@ -413,9 +419,17 @@ def _substituted() -> Generator[None]:
             return handle_torch_function(attention, (query,), query, *args, **kwargs)
         return _fused(Call(query, *args, **kwargs)) if query.is_meta else plain(query, *args, **kwargs)
 
-    places = ((functional, "scaled_dot_product_attention"), (masking_utils, "find_packed_sequence_indices"))
-    before = [(module, name, getattr(module, name)) for module, name in places]
-    for (module, name), value in zip(places, (attention, lambda *_: None), strict=True):
+    def autocast(device_type: str, *args: Any, **kwargs: Any) -> Any:
+        return plain_autocast("cpu" if device_type == "meta" else device_type, *args, **kwargs)
+
+    plain_autocast = torch.autocast
+    answers: list[tuple[Any, str, Any]] = [
+        (functional, "scaled_dot_product_attention", attention),
+        (masking_utils, "find_packed_sequence_indices", lambda *_: None),
+        (torch, "autocast", autocast),
+    ]
+    before = [(module, name, getattr(module, name)) for module, name, _ in answers]
+    for module, name, value in answers:
         setattr(module, name, value)
     try:
         yield

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import gc
+import heapq
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -173,6 +174,17 @@ def release() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def longest(rows: Any, count: int) -> list[int]:
+    """The `count` rows with the most tokens; the first ones where rows have no `input_ids`."""
+    if "input_ids" not in rows.column_names:
+        return list(range(min(count, len(rows))))
+    import pyarrow.compute
+
+    arrow: Any = pyarrow.compute
+    lengths = arrow.list_value_length(rows.with_format("arrow")["input_ids"]).to_pylist()
+    return heapq.nlargest(count, range(len(lengths)), key=lengths.__getitem__)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import heapq
 import json
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -19,7 +18,7 @@ from loract.attach import Handle
 from loract.config import Task, TrainConfig
 from loract.errors import LoractError
 from loract.hf import LoractCallback
-from loract.ladder import Moment, SoftLimit, SoftLimited, out_of_memory, release, smaller, told
+from loract.ladder import Moment, SoftLimit, SoftLimited, longest, out_of_memory, release, smaller, told
 from loract.runs import Run
 from loract.tasks import Ready, trainer_arguments
 from loract.weights import quiet
@@ -181,12 +180,13 @@ class RunTrainer(Trainer):
             return
         assert compression is not None
         assert compression.handle is not None
-        sites = compression.handle.state_dict()
+        sites, model = compression.handle.state_dict(), self.model_wrapped
+        assert model is not None
         self._trying, self.current_gradient_accumulation_steps = True, 1
         try:
             batch = self._longest_batch()
             items = self._get_num_items_in_batch([batch], self.args.device)
-            self.training_step(self.model_wrapped, batch, items)
+            self.training_step(model, batch, items)
         finally:
             self._trying = False
             before.restore()
@@ -230,8 +230,8 @@ class RunTrainer(Trainer):
 
     def _longest_batch(self) -> Any:
         """Of the rows with the most tokens, or the first rows where they have none to count."""
-        assert self.train_dataset is not None
-        rows: Any = self._remove_unused_columns(self.train_dataset, description="training")
+        data: Any = self.train_dataset
+        rows = self._remove_unused_columns(data, description="training")
         chosen = longest(rows, self._train_batch_size)
         return self.data_collator([rows[index] for index in chosen])
 
@@ -253,16 +253,6 @@ class _Before:
         sums.update({name: list(values) for name, values in self._sums.items()})
         for name, value in self._counters.items():
             setattr(self._trainer, name, value)
-
-
-def longest(rows: Any, count: int) -> list[int]:
-    """The `count` rows with the most tokens; the first ones where rows have no `input_ids`."""
-    if "input_ids" not in rows.column_names:
-        return list(range(min(count, len(rows))))
-    import pyarrow.compute as arrow
-
-    lengths = arrow.list_value_length(rows.with_format("arrow")["input_ids"]).to_pylist()
-    return heapq.nlargest(count, range(len(lengths)), key=lengths.__getitem__)
 
 
 _BASES: dict[Task, type[Any]] = {
