@@ -26,7 +26,7 @@ def script(name):
     return module
 
 
-training, codecs, rounding = (script(name) for name in ("training", "codecs", "rounding"))
+training, codecs, rounding, estimates = (script(name) for name in ("training", "codecs", "rounding", "estimates"))
 
 
 def characters(text, **_):
@@ -252,8 +252,8 @@ def roundings(tmp_path_factory):
 def test_every_kind_of_rounding_is_a_line(roundings):
     found = {row["rounded"]: row["values"] for row in lines(roundings[0])}
     assert len(found) == 1 + 3 * (len(rounding.KINDS) + 1)
-    for name, values in found.items():
-        assert 0 < values["relative_error"] < 1, name  # each kind is there, and rounds
+    for kind in ("linear maps", "norms", "layers", "all of these"):
+        assert all(0 < found[f"{kind}, {way}"]["relative_error"] < 1 for way in rounding.WAYS)
     # What is rounded on the way forward changes the function; on the way back its gradient alone.
     assert found["all of these, backward"]["relative_error"] < found["all of these, forward"]["relative_error"]
 
@@ -261,3 +261,18 @@ def test_every_kind_of_rounding_is_a_line(roundings):
 def test_a_finished_rounding_study_loads_nothing(roundings, capsys):
     rounding.main(roundings[1], unneeded)
     assert "own dtype" in (roundings[0] / "table.md").read_text()
+
+
+def test_estimates_are_set_beside_measurements(tmp_path, capsys):
+    case = estimates.Case(model="llama", batch=2, length=32, dtype="fp32")
+    arguments = ("--out", str(tmp_path))
+
+    def load(_):
+        return Workload(**vars(work()) | {"model": causal("llama")})
+
+    estimates.main(arguments, load, (case,))
+    found = lines(tmp_path)
+    assert len(found) == len(estimates.VARIANTS)
+    assert all(row["values"]["saved_estimate"] > 0 for row in found)
+    estimates.main(arguments, unneeded, (case,))
+    assert "all" in (tmp_path / "table.md").read_text()

@@ -1,5 +1,6 @@
 """Estimates against steps that are run: the same bytes without values, weights or a device."""
 
+import importlib
 import json
 from dataclasses import replace
 
@@ -136,6 +137,10 @@ PARAMETERS = {  # of the published checkpoints, in millions
 }
 
 
+RUN = ("llama-3.1-70b", "gemma-3-1b", "phi-4", "mixtral-8x7b", "modernbert-base", "vit-l-16")
+"""One of each architecture; the others differ in sizes."""
+
+
 @pytest.mark.parametrize("name", SHAPES)
 def test_shapes_have_the_parameters_of_the_published_models(name):
     config = architecture(SHAPES[name])
@@ -145,8 +150,8 @@ def test_shapes_have_the_parameters_of_the_published_models(name):
     assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(PARAMETERS[name], rel=0.002)
 
 
-@pytest.mark.parametrize("name", SHAPES)
-def test_every_shape_can_be_run(name):
+@pytest.mark.parametrize("name", RUN)
+def test_shapes_can_be_run(name):
     depths = Depths(Setup(shape=SHAPES[name], batch=1, length=256))
     plain, balanced = (depths.peak(v, 1, 256) for v in (VARIANTS[0], Variant(name="b", policy=preset("balanced"))))
     weights = 2e6 * PARAMETERS[name]
@@ -171,8 +176,8 @@ def test_depth_is_extrapolated_exactly(family, variant):
 def test_room_is_what_fits_and_one_more_does_not():
     setup = Setup(shape=SMALL["llama"], batch=8, length=512, lora_rank=4)
     depths, variant = Depths(setup), Variant(name="b", policy=preset("balanced"))
-    budgets = [depths.peak(variant, count, 512) + 1000 for count in (9, 20, 50)]
-    assert [room.batch for room in depths.room(variant, budgets)] == [9, 20, 50]
+    budgets = [depths.peak(variant, count, 512) + 1000 for count in (9, 30)]
+    assert [room.batch for room in depths.room(variant, budgets)] == [9, 30]
     tiny, huge = depths.room(variant, [1000, 1 << 40])
     assert (tiny.batch, tiny.length) == (0, 0)
     assert huge.length == 512  # the model's positions
@@ -209,7 +214,7 @@ def test_a_model_that_asks_for_values_is_named(monkeypatch):
         ghost.measure(VARIANTS[0])
 
 
-@pytest.mark.parametrize("name", ["llama-3.1-8b", "qwen3-8b", "gemma-3-4b"])
+@pytest.mark.parametrize("name", ["llama-3.2-1b", "gemma-3-1b"])
 def test_the_formula_is_rough(name):
     setup = Setup(shape=shape(name), batch=4, length=2048)
     for variant in METHODS[:2]:
@@ -271,13 +276,23 @@ def run(*arguments):
     return CliRunner().invoke(app, ["estimate", *arguments], catch_exceptions=False)
 
 
-def test_the_command(tmp_path):
+@pytest.fixture
+def two_methods(monkeypatch):
+    module = importlib.import_module("loract.cli.estimate")
+    monkeypatch.setattr(module, "METHODS", (METHODS[0], METHODS[-1]))
+
+
+def test_the_command(tmp_path, two_methods):
     architecture(SMALL["llama"]).save_pretrained(tmp_path)
     result = run(str(tmp_path), "--batch", "2", "--length", "256")
     assert result.exit_code == 0
-    assert all(text in result.output for text in ("loract balanced", "fits on", "largest batch", "longest sequence"))
+    assert all(text in result.output for text in ("loract smallest", "fits on", "largest batch", "longest sequence"))
+
+
+def test_the_command_prints_json(tmp_path, two_methods):
+    architecture(SMALL["llama"]).save_pretrained(tmp_path)
     found = json.loads(run(str(tmp_path), "--batch", "2", "--length", "256", "--json").output)
-    plain, *_, smallest = found["estimates"]
+    plain, smallest = found["estimates"]
     assert smallest["peak_bytes"] < plain["peak_bytes"]
     assert set(found["room"]["plain"]) == set(CARDS)
     assert found["formula"] is None

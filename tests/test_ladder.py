@@ -499,6 +499,16 @@ def test_the_dry_run_and_the_limit_are_invisible_where_memory_suffices(files, sp
     same_runs(tmp_path / "limited", tmp_path / "plain")
 
 
+def test_after_a_step_down_in_the_dry_run_all_is_as_if_it_had_begun_so(files, tmp_path, monkeypatch):
+    changes = {"lora_dropout": 0.1}
+    go(files, tmp_path / "plain", {**CODED, "rank": 0.125}, **changes)
+    Failing(monkeypatch, "backward", 1)
+    lines = []
+    go(files, tmp_path / "run", {**CODED, "soft_limit": HUGE}, lines, **changes)
+    assert "out of memory in the dry run" in lines[0]
+    same_runs(tmp_path / "run", tmp_path / "plain", {"loract/rung"})
+
+
 def test_the_dry_run_can_be_switched_off(files, spy, tmp_path):
     go(files, tmp_path / "run", {**EXACT, "soft_limit": HUGE, "dry_run": False}, max_steps=2)
     assert len(spy.ids) == 2
@@ -526,13 +536,13 @@ def test_a_run_that_steps_down_to_a_lossy_policy_is_audited(files, tmp_path, mon
     assert found == [None, None, 3, 4]
 
 
+@pytest.mark.parametrize("where", ["forward", "backward"])
 @pytest.mark.parametrize("call", [1, 2])
-def test_an_audit_is_about_the_first_micro_batch_that_succeeds(files, spy, tmp_path, monkeypatch, call):
-    """Whether it or a later one fails."""
+def test_the_first_micro_batch_is_audited_whichever_fails(files, spy, tmp_path, monkeypatch, where, call):
     block = {"preset": "tensor", "rank": 0.125, "audit_every": 1}
     changes = {"gradient_accumulation_steps": 2, "max_steps": 1}
     go(files, tmp_path / "swapped", block, callbacks=[Swap(spy, call - 1)], **changes)
-    Failing(monkeypatch, "backward", call)
+    Failing(monkeypatch, where, call)
     go(files, tmp_path / "failed", block, **changes)
     log = metrics(tmp_path / "failed")[0]
     assert log["loract/audited_step"] == 1

@@ -98,7 +98,7 @@ def test_presets_of_regions(name, kind):
     if streams and kind == "sublayer":
         assert policy.codec(site) == Exact()  # its input is rebuilt from the stream
     elif kind == "stream":
-        bits = {"balanced": 8, "fast": 8, "smallest": 5}.get(name)
+        bits = {"balanced": 7, "fast": 8, "smallest": 5}.get(name)
         expected = None if bits is None else Quantized(bits=bits, scale="channel", outliers=16)
         assert policy.codec(site) == expected
     elif kind == "attention_output":
