@@ -1,7 +1,7 @@
 """How near are estimates? Saved and peak bytes of real steps, loss included, beside those of steps without values.
 
 Real weights and real text where there are any: Gemma-3-270M and MiniLM; a ViT-Ti on digits, Llama- and Qwen3-shaped
-decoders on text with random weights. Each under plain LoRA, checkpointing and every preset, in two sizes and two dtypes.
+decoders on text with random weights. Each under plain LoRA, checkpointing and every preset, in two sizes or dtypes.
 """
 
 from __future__ import annotations
