@@ -13,7 +13,7 @@ import torch
 
 import loract
 from loract import LoractError
-from loract.ladder import Moment, SoftLimit, SoftLimited, longest, out_of_memory, rungs, smaller, told
+from loract.ladder import Moments, SoftLimit, SoftLimited, longest, out_of_memory, rungs, smaller, told
 from loract.memory import MIB, parse_bytes, step_bytes
 
 transformers = pytest.importorskip("transformers")
@@ -221,7 +221,7 @@ def test_a_moment_restores_all_that_a_micro_batch_changes():
         micro_batch()
         first.grad = None
         gradients = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
-        state, moment = handle.state_dict(), Moment.now(model, handle)
+        state, moment = handle.state_dict(), Moments(handle).now()
         losses = [micro_batch() for _ in range(2)]
         after = [p.grad.clone() for p in model.parameters() if p.grad is not None]
         assert handle.state_dict() != state

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from loract.arguments import Draws
 from loract.attach import Handle
@@ -197,18 +197,6 @@ class Moment:
     draws: Draws
     sites: tuple[tuple[RunningSite, int, State], ...]
 
-    @classmethod
-    def now(cls, model: nn.Module, handle: Handle) -> Moment:
-        """Copy it. Nothing waits for the device, unless the gradients of earlier micro-batches are large."""
-        trained = [p for p in model.parameters() if p.requires_grad]
-        size = sum(p.grad.nbytes for p in trained if p.grad is not None)
-        return cls(
-            gradients=tuple((p, p.grad, None if p.grad is None else _copied(p.grad, size)) for p in trained),
-            buffers=tuple((buffer, buffer.detach().clone()) for buffer in model.buffers()),
-            draws=Draws.now(list(model.parameters())),
-            sites=tuple((site, site.step, _state(site.state)) for site in handle.sites),
-        )
-
     def restore(self) -> None:
         """Make it so again."""
         with torch.no_grad():
@@ -223,6 +211,27 @@ class Moment:
             torch.cuda.set_rng_state(state, device)
         for site, step, state in self.sites:
             site.step, site.state = step, _state(state)
+
+
+class Moments:
+    """Takes moments of an attached model. What it has is looked up once: that takes longer than the copies."""
+
+    def __init__(self, handle: Handle) -> None:
+        """Look it up."""
+        self.handle = handle
+        self._parameters, self._buffers = list(handle.model.parameters()), list(handle.model.buffers())
+        self._places = list({parameter.device: parameter for parameter in self._parameters}.values())
+
+    def now(self) -> Moment:
+        """Copy it all. Nothing waits for the device, unless the gradients of earlier micro-batches are large."""
+        trained = [p for p in self._parameters if p.requires_grad]
+        size = sum(p.grad.nbytes for p in trained if p.grad is not None)
+        return Moment(
+            gradients=tuple((p, p.grad, None if p.grad is None else _copied(p.grad, size)) for p in trained),
+            buffers=tuple((buffer, buffer.detach().clone()) for buffer in self._buffers),
+            draws=Draws.now(self._places),
+            sites=tuple((site, site.step, _state(site.state)) for site in self.handle.sites),
+        )
 
 
 def _copied(gradient: Tensor, size: int) -> Tensor:

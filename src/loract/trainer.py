@@ -14,11 +14,10 @@ from transformers import DataCollatorWithPadding, PrinterCallback, Trainer, Trai
 from transformers.trainer import TRAINER_STATE_NAME
 from trl.trainer.sft_trainer import SFTTrainer
 
-from loract.attach import Handle
 from loract.config import Task, TrainConfig
 from loract.errors import LoractError
 from loract.hf import LoractCallback
-from loract.ladder import Moment, SoftLimit, SoftLimited, longest, out_of_memory, release, smaller, told
+from loract.ladder import Moments, SoftLimit, SoftLimited, longest, out_of_memory, release, smaller, told
 from loract.runs import Run
 from loract.tasks import Ready, trainer_arguments
 from loract.weights import quiet
@@ -39,6 +38,7 @@ class RunTrainer(Trainer):
     config: TrainConfig
     _staging: Path | None = None
     _trying: bool = False
+    _moments: Moments | None = None
 
     def setup(self, run: Run, compression: LoractCallback | None, start: Path | None, config: TrainConfig) -> None:
         """Tell it about its run, before training."""
@@ -221,7 +221,9 @@ class RunTrainer(Trainer):
         compression = self.compression
         if compression is None or compression.handle is None or self.args.world_size > 1 or self.args.n_gpu > 1:
             return None
-        return _Before(self, compression, compression.handle)
+        if self._moments is None or self._moments.handle is not compression.handle:
+            self._moments = Moments(compression.handle)
+        return _Before(self, compression, self._moments)
 
     def _audit_what_is_lost(self) -> None:
         """A run that lost nothing was not audited; with a smaller policy it is."""
@@ -239,9 +241,9 @@ class RunTrainer(Trainer):
 class _Before:
     """A run before a micro-batch."""
 
-    def __init__(self, trainer: RunTrainer, compression: LoractCallback, handle: Handle) -> None:
+    def __init__(self, trainer: RunTrainer, compression: LoractCallback, moments: Moments) -> None:
         self.policy, self.waiting = compression.policy, compression.waiting
-        self._trainer, self._moment = trainer, Moment.now(handle.model, handle)
+        self._trainer, self._moment = trainer, moments.now()
         self._sums = {name: list(values) for name, values in trainer._sums().items()}
         self._counters = {name: getattr(trainer, name) for name in _CARRIED if hasattr(trainer, name)}
 
