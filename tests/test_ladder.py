@@ -514,6 +514,34 @@ def test_the_dry_run_can_be_switched_off(files, spy, tmp_path):
     assert len(spy.ids) == 2
 
 
+def test_a_memory_budget_finds_the_policy_of_least_loss_that_fits(files, spy, tmp_path):
+    """In the dry run alone: no limit is watched in training."""
+    above = peak_of(files, spy, tmp_path / "sublayer", {"preset": "sublayer", "exact": True})
+    below = peak_of(files, spy, tmp_path / "balanced", {"preset": "balanced"})
+    assert below < above
+    model = prepare(TrainConfig(**settings(*files, tmp_path / "run"))).load()
+    there = sum(p.nbytes + 8 * p.numel() * p.requires_grad for p in model.parameters())
+    there += sum(b.nbytes for b in model.buffers())
+    lines = []
+    block = {"memory_budget": there + (above + below) // 2, "audit_every": 0}
+    result = go(files, tmp_path / "run", block, lines)
+    assert (result.rung, result.policy) == (2, "balanced")
+    assert all("in the dry run" in line for line in lines)
+    same_runs(tmp_path / "run", tmp_path / "balanced", {"loract/rung"})
+    with pytest.raises(LoractError, match="for weights and AdamW"):
+        go(files, tmp_path / "small", {"memory_budget": there - 1})
+
+
+def test_a_memory_budget_starts_from_no_loss_or_from_what_is_given():
+    assert Compression(memory_budget="8GiB").policy() == loract.preset("exact")
+    assert Compression(memory_budget="8GiB", preset="balanced").policy() == loract.preset("balanced")
+    for block in ({"memory_budget": "8 GiBs"}, {"memory_budget": "1GiB", "dry_run": False}):
+        with pytest.raises(ValueError, match="size|without dry_run"):
+            Compression(**block)
+    with pytest.raises(ValueError, match="none with memory_budget"):
+        Compression(memory_budget="8GiB", preset="none")
+
+
 @pytest.mark.parametrize("packing", [False, True])
 def test_the_longest_rows(packing):
     import datasets

@@ -120,7 +120,7 @@ def test_budgets_hold_and_more_is_never_worse(surveyed):
     for budget in range(least, 2 * max(choice.saved_bytes for choice in found.choices), 5000):
         choice = found.choose(saved_bytes=budget)
         assert choice.saved_bytes <= budget
-        errors.append(0 if choice.lossless else choice.relative_error)
+        errors.append(0 if choice.policy.lossless else choice.relative_error)
     assert errors == sorted(errors, reverse=True)
     assert errors[-1] == 0
     assert choice.policy == preset("exact")  # nothing is lost and nothing runs again
@@ -143,7 +143,7 @@ def test_no_preset_is_better(surveyed, name):
     size, error = measure(model, batch, preset(name))
     assert found.choose(target_error=error).saved_bytes <= size
     choice = found.choose(saved_bytes=size)
-    assert choice.lossless or choice.relative_error <= error
+    assert choice.policy.lossless or choice.relative_error <= error
 
 
 def test_blocks_are_considered_if_asked_for(surveyed):
@@ -191,7 +191,7 @@ def test_without_sublayers_norms_and_gates_are_coded():
     exact, _ = measure(model, batch, "exact", square)
     tight = found.choose(saved_bytes=exact * 2 // 3)
     assert measure(model, batch, tight.policy, square) == (tight.saved_bytes, tight.relative_error)
-    assert not tight.lossless
+    assert not tight.policy.lossless
     assert loract.plan(model, batch, saved_bytes=exact * 2 // 3, loss=square) == tight.policy
 
 
@@ -444,8 +444,8 @@ def test_ten_budgets_for_the_peak_are_kept_and_used(surveyed):
         budget = least + (most - least) * part // 9
         choice = found.choose(peak_bytes=budget)
         assert peak(model, batch, choice.policy) <= budget
-        assert choice.lossless or choice.peak_bytes >= 0.85 * budget
-        errors.append(0.0 if choice.lossless else choice.relative_error)
+        assert choice.policy.lossless or choice.peak_bytes >= 0.85 * budget
+        errors.append(0.0 if choice.policy.lossless else choice.relative_error)
     assert errors == sorted(errors, reverse=True)
     with pytest.raises(loract.LoractError, match=f"at least {least} peak bytes"):
         found.choose(peak_bytes=least - 1)

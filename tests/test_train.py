@@ -395,7 +395,12 @@ def test_a_full_disk_leaves_the_old_checkpoint(model, data, tmp_path):
             go(values, callbacks=[Fill()])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["checkpoint-2", "config.yaml", "metrics.jsonl"]
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == [
+        "checkpoint-2",
+        "config.yaml",
+        "environment.json",
+        "metrics.jsonl",
+    ]
     go({**values, "output_dir": str(tmp_path / "whole")})
     assert go(values, resume=True).finished
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")

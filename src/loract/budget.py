@@ -8,11 +8,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from torch import nn
+
 from loract.codecs import Exact
 from loract.errors import LoractError
 from loract.memory import MIB
 from loract.policy import Policy, Rule, preset
 
+ADAMW_BYTES = 8
+"""Two moments of a trained value, in fp32."""
 PARTS = (0.25, 0.5, 0.75)
 """Shares of the layers that run again as a whole in candidates between `exact` and an exact `layer`."""
 
@@ -63,3 +67,18 @@ def first_that_fits(
         f"at least {least.peak_bytes / MIB:.0f} MiB, which {least.policy.name} takes",
         "raise the budget, or take fewer or shorter sequences a step",
     )
+
+
+def left(budget: int, model: nn.Module) -> int:
+    """What a budget for everything leaves for the step, beside weights, buffers and AdamW's state.
+
+    Raises:
+        LoractError: nothing.
+    """
+    parameters = list(model.parameters())
+    there = sum(t.numel() * t.element_size() for t in (*parameters, *model.buffers()))
+    there += sum(ADAMW_BYTES * p.numel() for p in parameters if p.requires_grad)
+    if budget <= there:
+        got, expected = f"a budget of {budget / MIB:.0f} MiB", f"more than {there / MIB:.0f} MiB, for weights and AdamW"
+        raise LoractError(got, expected, "raise the budget")
+    return budget - there

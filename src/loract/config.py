@@ -11,7 +11,6 @@ from typing import Annotated, Any, Literal, get_args
 
 from loract.audit import Audits, OnExcess
 from loract.errors import InvalidSpec, LoractError, MissingExtra, nearest
-from loract.ladder import lossless
 from loract.memory import parse_bytes
 from loract.policy import DEFAULT, Policy, parse_policy
 
@@ -49,12 +48,15 @@ class Compression(_Block):
     """Relative error of the gradient that an audit may find."""
     on_excess: OnExcess = "warn"
     """What happens above `max_error`: a warning, a more accurate policy for the rest of the run, or its end."""
+    memory_budget: int | str | None = None
+    """Bytes for weights, the optimiser's state and a step (8GiB): the dry run starts from `exact`, or the given preset,
+    and goes on to smaller ones until the longest batch fits."""
     soft_limit: int | str | None = None
     """Bytes that a micro-batch may add (2GiB, 500 MiB); above them it runs again with a smaller policy."""
     dry_run: bool = True
     """Try the longest batch before the first step, on accelerators and under a soft limit."""
 
-    @field_validator("soft_limit", mode="before")
+    @field_validator("soft_limit", "memory_budget", mode="before")
     @classmethod
     def _is_a_size(cls, value: Any) -> Any:
         if value is not None:
@@ -72,6 +74,11 @@ class Compression(_Block):
 
     @model_validator(mode="after")
     def _policy_and_audits_exist(self) -> Compression:
+        if self.memory_budget is not None:
+            if not self.dry_run:
+                raise InvalidSpec("memory_budget without dry_run", "the dry run, which finds what fits", "drop dry_run")
+            if "preset" not in self.model_fields_set:
+                self.preset = "exact"
         self.policy()
         self.audits()
         return self
@@ -91,11 +98,15 @@ class Compression(_Block):
             return None
         audits = Audits(every=self.audit_every, max_error=self.max_error, on_excess=self.on_excess)
         policy = policy or self.policy()
-        return None if policy is None or lossless(policy) else audits
+        return None if policy is None or policy.lossless else audits
 
     def limit(self) -> int | None:
         """`soft_limit` in bytes."""
         return None if self.soft_limit is None else parse_bytes(self.soft_limit)
+
+    def budget(self) -> int | None:
+        """`memory_budget` in bytes."""
+        return None if self.memory_budget is None else parse_bytes(self.memory_budget)
 
     def policy(self) -> Policy | None:
         """The policy that the block names; None for `none`."""
@@ -104,8 +115,9 @@ class Compression(_Block):
             return parse_policy(self.preset, **options)
         if any(value not in (None, False) for value in options.values()):
             raise InvalidSpec("preset none with an option", "none of rank, bits and exact", "choose another preset")
-        if self.soft_limit is not None:
-            raise InvalidSpec("preset none with soft_limit", "a preset with smaller ones", "choose another preset")
+        if self.soft_limit is not None or self.memory_budget is not None:
+            name = "soft_limit" if self.memory_budget is None else "memory_budget"
+            raise InvalidSpec(f"preset none with {name}", "a preset with smaller ones", "choose another preset")
         return None
 
 

@@ -49,7 +49,7 @@ def smaller(policy: Policy) -> Policy | None:
     regions = [rule for rule in rules if rule.kind in REGIONS]
     stream = [rule.codec for rule in rules if rule.kind == "stream"]
     if not regions:
-        return preset("sublayer", codec=Exact()) if lossless(policy) else preset("balanced")
+        return preset("sublayer", codec=Exact()) if policy.lossless else preset("balanced")
     if stream:
         return _smaller_stream(policy, [codec.bits if isinstance(codec, Quantized) else 16 for codec in stream])
     if all(isinstance(rule.codec, Exact) for rule in regions):
@@ -65,11 +65,6 @@ def rungs(policy: Policy) -> tuple[Policy, ...]:
     while (below := smaller(found[-1])) is not None:
         found.append(below)
     return tuple(found)
-
-
-def lossless(policy: Policy) -> bool:
-    """Whether all that is kept is exact."""
-    return all(isinstance(rule.codec, Exact) for rule in policy.rules)
 
 
 def told(policy: Policy) -> str:

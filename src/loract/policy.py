@@ -77,6 +77,11 @@ class Policy:
     name: str
     rules: tuple[Rule, ...]
 
+    @property
+    def lossless(self) -> bool:
+        """Whether all that is kept is exact: what error there is, is rounding."""
+        return all(isinstance(rule.codec, Exact) for rule in self.rules)
+
     def codec(self, site: Site) -> Codec | None:
         """The codec of the first rule that matches."""
         return self._first(site, recomputed=False)

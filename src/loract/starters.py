@@ -53,6 +53,7 @@ activation_compression:
   # bits: 8                         # or quantise instead
   # exact: true                     # or keep the inputs of sublayers and layers as they are
   # audit_every: 100                # how often the gradient's error is measured (0: never)
+  # memory_budget: 8GiB             # for weights, optimiser and step: the preset of least loss that fits is found
   # soft_limit: 8GiB                # what a micro-batch may add; above it a smaller preset goes on
 
 # The run

@@ -79,11 +79,6 @@ class Choice:
     """None: a preset, for which nothing is predicted."""
     predicted_error: float | None = None
 
-    @property
-    def lossless(self) -> bool:
-        """Whether all that is kept is exact: its error is rounding."""
-        return all(isinstance(rule.codec, Exact) for rule in self.policy.rules)
-
 
 @dataclass(frozen=True, kw_only=True)
 class Survey:
@@ -125,7 +120,7 @@ class Survey:
                     f"at least {what}, relative error {least.relative_error:.3g})",
                     "raise the budget, or take fewer or shorter sequences a step",
                 )
-            return min(within, key=lambda choice: 0.0 if choice.lossless else choice.relative_error)
+            return min(within, key=lambda choice: 0.0 if choice.policy.lossless else choice.relative_error)
         error: float = value
         within = [choice for choice in self.choices if choice.relative_error <= error]
         if not within:

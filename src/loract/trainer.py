@@ -14,6 +14,7 @@ from transformers import DataCollatorWithPadding, PrinterCallback, Trainer, Trai
 from transformers.trainer import TRAINER_STATE_NAME
 from trl.trainer.sft_trainer import SFTTrainer
 
+from loract.budget import left
 from loract.config import Task, TrainConfig
 from loract.errors import LoractError
 from loract.hf import LoractCallback
@@ -175,20 +176,24 @@ class RunTrainer(Trainer):
             LoractError: it does not fit with the smallest one either.
         """
         before, compression = self._before(), self.compression
-        wanted = self._limit is not None or self.args.device.type != "cpu"
-        if before is None or not wanted or not self.config.activation_compression.dry_run:
+        block, given = self.config.activation_compression, self._limit
+        budget = block.budget()
+        wanted = given is not None or budget is not None or self.args.device.type != "cpu"
+        if before is None or not wanted or not block.dry_run:
             return
         assert compression is not None
         assert compression.handle is not None
         sites, model = compression.handle.state_dict(), self.model_wrapped
         assert model is not None
         self._trying, self.current_gradient_accumulation_steps = True, 1
+        if budget is not None:
+            self._limit = min(left(budget, model), budget if given is None else given)
         try:
             batch = self._longest_batch()
             items = self._get_num_items_in_batch([batch], self.args.device)
             self.training_step(model, batch, items)
         finally:
-            self._trying = False
+            self._trying, self._limit = False, given
             before.restore()
         with compression.paused(sites):  # attached anew: what a handle learns from its first calls is forgotten too
             pass

@@ -12,12 +12,12 @@ import typer
 from rich.table import Table
 from torch import Tensor
 
-from loract.budget import candidates, first_that_fits
+from loract.budget import candidates, first_that_fits, left
 from loract.cli.common import GEMMA, Model, console, model_folder, parse_dtype, progress_bar
 from loract.compare import Ticker, Variant
 from loract.cpu import fast_bf16
-from loract.errors import InvalidSpec, LoractError
-from loract.estimate import GIB, OPTIMISERS, Ghost, Setup
+from loract.errors import InvalidSpec
+from loract.estimate import GIB, Ghost, Setup
 from loract.memory import MIB, parse_bytes
 from loract.policy import Policy
 from loract.policyfile import describe, save_policy
@@ -72,7 +72,7 @@ def plan(
         blocks = blocks or total is not None
         found = survey(work.model, work.train, loss=loss, blocks=blocks, progress=progress)
     saved = None if saved_mib is None else int(saved_mib * MIB)
-    peak = None if total is None else _left(total, work.model)
+    peak = None if total is None else left(total, work.model)
     chosen = found.choose(saved_bytes=saved, peak_bytes=peak, target_error=target_error)
     if out is not None:
         save_policy(chosen.policy, out, work.model)
@@ -86,21 +86,6 @@ def plan(
     console.print(_rules(chosen.policy))
     if out is not None:
         console.print(f"written to {out}")
-
-
-def _left(total: int, model: Any) -> int:
-    """What a budget leaves for the step.
-
-    Raises:
-        LoractError: nothing.
-    """
-    parameters, state = list(model.parameters()), OPTIMISERS["adamw"]
-    there = sum(t.numel() * t.element_size() for t in (*parameters, *model.buffers()))
-    there += sum(p.numel() * state for p in parameters if p.requires_grad)
-    if total <= there:
-        got, expected = f"a budget of {total / MIB:.0f} MiB", f"more than {there / MIB:.0f} MiB, for weights and AdamW"
-        raise LoractError(got, expected, "raise the budget")
-    return total - there
 
 
 def _estimated(setup: Setup, budget: int, out: Path | None, as_json: bool) -> None:
