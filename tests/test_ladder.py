@@ -536,7 +536,7 @@ def test_a_memory_budget_starts_from_no_loss_or_from_what_is_given():
     assert Compression(memory_budget="8GiB").policy() == loract.preset("exact")
     assert Compression(memory_budget="8GiB", preset="balanced").policy() == loract.preset("balanced")
     for block in ({"memory_budget": "8 GiBs"}, {"memory_budget": "1GiB", "dry_run": False}):
-        with pytest.raises(ValueError, match="size|without dry_run"):
+        with pytest.raises(ValueError, match=r"size|without dry_run"):
             Compression(**block)
     with pytest.raises(ValueError, match="none with memory_budget"):
         Compression(memory_budget="8GiB", preset="none")

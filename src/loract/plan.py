@@ -39,8 +39,9 @@ def plan(
         UnsupportedModule: no parameter receives a gradient, or the model has no recognisable site.
 
     Example:
+        >>> import torch
         >>> model = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.GELU(), nn.Linear(8, 1))
-        >>> batch = Tensor(64, 8).normal_()
+        >>> batch = torch.randn(64, 8)
         >>> policy = plan(model, batch, target_error=0.1, loss=lambda model, batch: model(batch).square().mean())
         >>> {rule.kind for rule in policy.rules} >= {"norm", "gated"}
         True
