@@ -58,7 +58,6 @@ class Case:
 CASES = (
     Case(model="gemma", batch=2, length=256, dtype="bf16"),
     Case(model="gemma", batch=1, length=1024, dtype="bf16"),
-    Case(model="gemma", batch=1, length=256, dtype="fp32"),
     Case(model="minilm", batch=8, length=128, dtype="fp32"),
     Case(model="minilm", batch=4, length=256, dtype="bf16"),
     Case(model="vit", batch=4, length=197, dtype="bf16"),
