@@ -16,14 +16,14 @@ import torch
 
 from loract.cli.common import console, parse_dtype, progress_bar
 from loract.codecs import Exact
-from loract.compare import Progress, Ticker, Variant, contend
+from loract.compare import Progress, Ticker, Variant, contend, whole_step
 from loract.cpu import fast_bf16
 from loract.estimate import Base, Ghost, Setup
 from loract.frontier import Journal, Settings
-from loract.memory import MIB, step_bytes
+from loract.memory import MIB
 from loract.policy import PRESETS, preset
 from loract.report.table import grid
-from loract.shapes import Inputs, Shape
+from loract.shapes import Inputs, Shape, described
 from loract.workload import RANK, Work, job
 
 VARIANTS = (
@@ -70,19 +70,14 @@ CASES = (
 
 def shape_of(work: Work, name: str) -> Shape:
     """The shape of a model that is there."""
-    values = work.model.get_base_model().config.to_dict()
-    model_type = values.pop("model_type")
-    config = {k: v for k, v in values.items() if k not in ("transformers_version", "architectures", "dtype")}
-    return Shape(name=name, model_type=model_type, inputs=INPUTS.get(name, "tokens"), config=config)
+    return described(work.model.get_base_model().config.to_dict(), name, INPUTS.get(name, "tokens"))
 
 
 def measured(work: Work, batch: Any, variant: Variant) -> tuple[int, int]:
     """Saved and peak bytes of a step that is run."""
     contender = contend(work.model, variant)
-    held = [*contender.model.parameters(), *contender.model.buffers()]
-    held += batch if isinstance(batch, tuple) else [batch]
     try:
-        return step_bytes(lambda: work.loss(contender.model, batch), lambda loss: loss.backward(), held)
+        return whole_step(contender.model, work, batch)
     finally:
         contender.close()
 

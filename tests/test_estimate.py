@@ -14,10 +14,9 @@ import loract
 from loract.cli.app import app
 from loract.cli.estimate import METHODS
 from loract.codecs import Exact
-from loract.compare import Variant, contend
+from loract.compare import Variant, contend, whole_step
 from loract.estimate import CARDS, GIB, Depths, Ghost, NeedsValues, Setup, StandIn, estimate, usable
 from loract.formula import formula
-from loract.memory import step_bytes
 from loract.policy import preset
 from loract.shapes import SHAPES, Shape, architecture, read_shape, shape
 from loract.workload import Classification, Workload
@@ -77,10 +76,8 @@ def real(setup):
 
 def measured(work, batch, variant):
     contender = contend(work.model, variant)
-    held = [*contender.model.parameters(), *contender.model.buffers()]
-    held += batch if isinstance(batch, tuple) else [batch]
     try:
-        return step_bytes(lambda: work.loss(contender.model, batch), lambda loss: loss.backward(), held)
+        return whole_step(contender.model, work, batch)
     finally:
         contender.close()
 

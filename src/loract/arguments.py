@@ -135,7 +135,11 @@ class Draws:
     def replayed(self) -> Generator[None]:
         """Draw what was drawn then; afterwards the global state is as it was."""
         with torch.random.fork_rng(devices=[d for d, _ in self.devices]):
-            torch.set_rng_state(self.cpu)
-            for device, state in self.devices:
-                torch.cuda.set_rng_state(state, device)
+            self.restore()
             yield
+
+    def restore(self) -> None:
+        """Make it the global state again."""
+        torch.set_rng_state(self.cpu)
+        for device, state in self.devices:
+            torch.cuda.set_rng_state(state, device)

@@ -472,9 +472,8 @@ def _probe_features(item: Found) -> int | None:
         return getattr(item.module, item.role.weight or "").shape[0]
     if isinstance(item.role, GatedRole):
         return (features_of(getattr(item.module, item.role.first)) or (None,))[0]
-    return (
-        ACTIVATION_FEATURES if isinstance(item.role, ActivationRole) else None
-    )  # attention and regions need more than one tensor
+    # Attention and regions need more than one tensor.
+    return ACTIVATION_FEATURES if isinstance(item.role, ActivationRole) else None
 
 
 def _norm_bytes(x: Tensor, role: NormRole) -> int:

@@ -21,7 +21,7 @@ from loract.audit import Fidelity, compare_gradients, gradients
 from loract.codecs import Exact
 from loract.memory import step_bytes
 from loract.policy import Policy, preset
-from loract.workload import Work
+from loract.workload import Work, unadapted
 
 Progress = Callable[[str, int, int], None]
 """Called when a piece of work starts: what it is, how many are done, how many there are."""
@@ -105,7 +105,7 @@ def contend(model: nn.Module, variant: Variant) -> Contender:
 
 def checkpointing(model: Any, every: int) -> None:
     """Let torch checkpoint every so many-th layer of a model of transformers, with adapters or without."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = unadapted(model)
     # transformers 5.23 renamed it
     enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
     enable({"use_reentrant": False}, **({"every_n_layers": every} if every > 1 else {}))
@@ -140,6 +140,13 @@ def body_step(contender: Contender, work: Work, batch: Any, upstream: Tensor, me
     saved, peak = meter(lambda: work.hidden(contender.model, batch), backward, held)
     contender.model.zero_grad(set_to_none=True)
     return Body(saved_bytes=saved, peak_bytes=peak, hidden=seen[0])
+
+
+def whole_step(model: nn.Module, work: Work, batch: Any) -> tuple[int, int]:
+    """Saved and peak bytes of one step, the loss and the gradients that it makes included."""
+    leaves = [t for t in tree_leaves(batch) if isinstance(t, Tensor)]
+    held = [*model.parameters(), *model.buffers(), *leaves]
+    return step_bytes(lambda: work.loss(model, batch), lambda loss: loss.backward(), held)
 
 
 def alternate(contenders: Sequence[Contender], step: Callable[[Contender], None]) -> None:

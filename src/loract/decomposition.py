@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from loract.atlas import MEASURED
 from loract.attach import attach
 from loract.codecs import Exact, Packed, State
 from loract.codecs.base import tokens_features
@@ -21,8 +22,6 @@ from loract.rangefinder import Gaussian, RangeFinder, Sampled, resolve_rank
 
 FINDERS: Mapping[str, RangeFinder] = {"LoRAct": Sampled(), "Gaussian RSVD": Gaussian()}
 """What is compared by default, each at its own defaults."""
-CODED: tuple[Kind, ...] = ("adapter_input", "norm", "gated", "attention")
-"""Kinds whose sites pack a tensor each, by itself."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +86,7 @@ def activations(forward: Callable[[], Any], model: Any, rank: int | float = 0.12
         UnsupportedModule: the model has no recognisable site.
     """
     seen: dict[str, list[Compared]] = {}
-    probes: dict[Kind, _Probe] = {kind: _Probe(rank=rank, found=seen.setdefault(kind, [])) for kind in CODED}
+    probes: dict[Kind, _Probe] = {kind: _Probe(rank=rank, found=seen.setdefault(kind, [])) for kind in MEASURED}
     policy = Policy(name="probe", rules=tuple(Rule(kind=kind, codec=probe) for kind, probe in probes.items()))
     with fast_bf16(), attach(model, policy):
         for probe in probes.values():  # attaching runs probes of its own

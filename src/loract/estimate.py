@@ -23,13 +23,13 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from loract.attach import attach
 from loract.attention import Call
-from loract.compare import Variant, checkpointing
-from loract.errors import InvalidSpec, LoractError, MissingExtra, nearest, reason
+from loract.budget import ADAMW_BYTES
+from loract.compare import Variant, checkpointing, whole_step
+from loract.errors import InvalidSpec, LoractError, nearest, reason
 from loract.functions.linear import WEIGHTS
-from loract.memory import step_bytes
 from loract.shapes import Shape, architecture
 from loract.weights import quiet
-from loract.workload import Classification, Work, Workload
+from loract.workload import Classification, Work, Workload, adapted, huggingface, unadapted
 
 Base = Literal["bf16", "fp32", "nf4", "int8"]
 Device = Literal["accelerator", "cpu"]
@@ -42,7 +42,7 @@ DTYPES: dict[str, torch.dtype] = {
 """In which a base's products are taken."""
 CODES: dict[str, tuple[int, int]] = {"nf4": (2, 64), "int8": (1, 0)}
 """Of a quantised base: values in a byte, and values that share a scale in fp32 (0: a row of the weight)."""
-OPTIMISERS = {"adamw": 8, "adamw_8bit": 2, "sgd": 0, "momentum": 4, "adafactor": 0}
+OPTIMISERS = {"adamw": ADAMW_BYTES, "adamw_8bit": 2, "sgd": 0, "momentum": 4, "adafactor": 0}
 """Bytes of state for each trained value (fp32 moments; Adafactor's are rows and columns, next to nothing)."""
 CLASSES = 10
 STEADY = 4096
@@ -195,9 +195,7 @@ class Ghost:
     def _measure(self, name: str, model: Any) -> Estimate:
         parameters, buffers = list(model.parameters()), list(model.buffers())
         trained = [p for p in parameters if p.requires_grad]
-        batch = self.batch
-        held = [*parameters, *buffers, *(batch if isinstance(batch, tuple) else (batch,))]
-        saved, peak = step_bytes(lambda: self.work.loss(model, batch), lambda loss: loss.backward(), held)
+        saved, peak = whole_step(model, self.work, self.batch)
         return Estimate(
             name=name,
             weights_bytes=_bytes([*(p for p in parameters if not p.requires_grad), *buffers]),
@@ -212,8 +210,7 @@ class Ghost:
         inputs, batch, length = self.setup.shape.inputs, self.setup.batch, self.setup.length
         ids = torch.empty(batch, length, dtype=torch.long)
         if inputs == "tokens":
-            base = model.get_base_model() if hasattr(model, "get_base_model") else model
-            head = base.get_output_embeddings().weight
+            head = unadapted(model).get_output_embeddings().weight
             return Workload(model=model, head=head, train=ids, held_out=ids), ids
         name, rows = "input_ids", ids
         if inputs == "images":
@@ -226,20 +223,12 @@ class Ghost:
         return work, held_out
 
     def _model(self) -> Any:
-        try:
-            import peft
-            import transformers
-        except ImportError as missing:
-            raise MissingExtra(
-                f"no {missing.name}", "transformers and peft", "pip install 'loract[train]'"
-            ) from missing
+        transformers = huggingface()
         causal = self.setup.shape.inputs == "tokens"
         auto: Any = transformers.AutoModelForCausalLM if causal else transformers.AutoModel
         model: Any = auto.from_config(self.config, dtype=DTYPES[self.setup.base], attn_implementation="sdpa")
         if self.setup.lora_rank is not None:
-            task = "CAUSAL_LM" if causal else None
-            options = peft.LoraConfig(r=self.setup.lora_rank, target_modules="all-linear", task_type=task)
-            model = peft.get_peft_model(model, options)
+            model = adapted(model, "CAUSAL_LM" if causal else None, self.setup.lora_rank)
         if self.setup.base in CODES:
             for module in list(model.modules()):
                 if isinstance(getattr(module, "base_layer", None), nn.Linear):

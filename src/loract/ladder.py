@@ -201,9 +201,7 @@ class Moment:
                 parameter.grad = gradient
             for buffer, kept in self.buffers:
                 buffer.copy_(kept)
-        torch.set_rng_state(self.draws.cpu)
-        for device, state in self.draws.devices:
-            torch.cuda.set_rng_state(state, device)
+        self.draws.restore()
         for site, step, state in self.sites:
             site.step, site.state = step, _state(state)
 

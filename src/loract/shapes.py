@@ -175,10 +175,14 @@ def read_shape(path: Path) -> Shape:
     architectures = " ".join(config.get("architectures") or ())
     if inputs == "tokens" and architectures and "CausalLM" not in architectures and "Conditional" not in architectures:
         inputs = "text"
-    name = path.parent.name or str(path)
-    model_type = str(config["model_type"])
-    rest = {k: v for k, v in config.items() if k not in ("model_type", "transformers_version", "architectures")}
-    return Shape(name=name, model_type=model_type, inputs=inputs, config=rest)
+    return described(config, path.parent.name or str(path), inputs)
+
+
+def described(config: Mapping[str, Any], name: str, inputs: Inputs) -> Shape:
+    """The shape in a configuration's values, without what belongs to one checkpoint."""
+    own = ("model_type", "transformers_version", "architectures", "dtype")
+    rest = {key: value for key, value in config.items() if key not in own}
+    return Shape(name=name, model_type=str(config["model_type"]), inputs=inputs, config=rest)
 
 
 def architecture(shape: Shape) -> Any:

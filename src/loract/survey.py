@@ -114,10 +114,9 @@ class Survey:
             within = [choice for choice in self.choices if size(choice) <= value]
             if not within:
                 least = min(self.choices, key=lambda choice: (size(choice), choice.relative_error))
-                what = f"{size(least)} {name.replace('_', ' ')} ({size(least) / MIB:.1f} MiB"
                 raise LoractError(
                     f"{name}={value}",
-                    f"at least {what}, relative error {least.relative_error:.3g})",
+                    f"at least {_figures(size(least), name, least)}",
                     "raise the budget, or take fewer or shorter sequences a step",
                 )
             return min(within, key=lambda choice: 0.0 if choice.policy.lossless else choice.relative_error)
@@ -127,7 +126,7 @@ class Survey:
             best = min(self.choices, key=lambda choice: (choice.relative_error, choice.saved_bytes))
             raise LoractError(
                 f"target_error={error:g}",
-                f"at least {best.relative_error:.3g}, reached with {_figures(best)}",
+                f"at least {best.relative_error:.3g}, reached with {_figures(best.saved_bytes, 'saved_bytes', best)}",
                 "raise the target; below it there is plain autograd alone",
             )
         return min(within, key=lambda choice: (choice.saved_bytes, choice.relative_error))
@@ -245,13 +244,8 @@ class _Surveyor:
         """Measure alone, then together."""
         meter = self.meter
         ladders = {kind: STREAM if kind == "stream" else SITES for kind in self.kinds}
-        meter.total = (
-            9
-            + len(PARTS)
-            + len(self.kinds)
-            + POINTS
-            + len(self.groups) * sum(len(ladders[kind]) for kind in self.kinds)
-        )
+        alone = len(self.groups) * sum(len(ladders[kind]) for kind in self.kinds)
+        meter.total = 9 + len(PARTS) + len(self.kinds) + POINTS + alone
         (base_bytes, _), base = meter.measure(self._policy({}), "everything exact")
         knobs = [
             _Knob(kind=kind, group=group, options=(Exact(), *ladders[kind]))
@@ -368,11 +362,8 @@ def asked(**budgets: float | None) -> tuple[str, Any]:
     return name, value
 
 
-def _figures(choice: Choice) -> str:
-    return (
-        f"{choice.saved_bytes} saved bytes ({choice.saved_bytes / MIB:.1f} MiB, "
-        f"relative error {choice.relative_error:.3g})"
-    )
+def _figures(size: int, name: str, choice: Choice) -> str:
+    return f"{size} {name.replace('_', ' ')} ({size / MIB:.1f} MiB, relative error {choice.relative_error:.3g})"
 
 
 def _layers(layers: Layers | None) -> str:

@@ -187,7 +187,8 @@ class RunTrainer(Trainer):
         assert model is not None
         self._trying, self.current_gradient_accumulation_steps = True, 1
         if budget is not None:
-            self._limit = min(left(budget, model), budget if given is None else given)
+            room = left(budget, model)
+            self._limit = room if given is None else min(room, given)
         try:
             batch = self._longest_batch()
             items = self._get_num_items_in_batch([batch], self.args.device)

@@ -56,9 +56,14 @@ class Work(Protocol):
         ...
 
 
+def unadapted(model: Any) -> Any:
+    """The model under PEFT's wrapper; one without adapters as it is."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def body(model: Any) -> Any:
     """The module of a model, with adapters or without, whose output is the last hidden state."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = unadapted(model)
     return base if base.get_output_embeddings() is None else base.get_decoder()
 
 
@@ -185,7 +190,7 @@ def load_model(name: str, *, dtype: torch.dtype) -> tuple[Any, Any]:
 
     Only safetensors are read and no code of the model's repository is run.
     """
-    transformers = _transformers()
+    transformers = huggingface()
     with quiet():
         try:
             tokenizer: Any = transformers.AutoTokenizer.from_pretrained(name)
@@ -198,13 +203,23 @@ def load_model(name: str, *, dtype: torch.dtype) -> tuple[Any, Any]:
 
 
 def _adapted(model: Any, task: str | None) -> Any:
+    torch.manual_seed(0)
+    return adapted(model, task).train()
+
+
+def adapted(model: Any, task: str | None, rank: int = RANK) -> Any:
+    """The model with LoRA on every linear layer, as PEFT makes it by default."""
     import peft
 
-    torch.manual_seed(0)
-    return peft.get_peft_model(model, peft.LoraConfig(r=RANK, target_modules="all-linear", task_type=task)).train()
+    return peft.get_peft_model(model, peft.LoraConfig(r=rank, target_modules="all-linear", task_type=task))
 
 
-def _transformers() -> Any:
+def huggingface() -> Any:
+    """Transformers, and PEFT beside it.
+
+    Raises:
+        MissingExtra: one of them is not installed.
+    """
     try:
         import peft
         import transformers
@@ -240,7 +255,7 @@ _DECODERS: dict[str, tuple[str, dict[str, int]]] = {
 
 def decoder_workload(name: str, *, length: int, train: int, held_out: int, dtype: torch.dtype) -> Workload:
     """A decoder of llama's or qwen's shape with random weights, on the bytes of real text."""
-    transformers = _transformers()
+    transformers = huggingface()
     kind, shape = _DECODERS[name]
     config = transformers.AutoConfig.for_model(
         kind,
@@ -264,7 +279,7 @@ def minilm_workload(*, length: int, train: int, held_out: int, dtype: torch.dtyp
         InvalidSpec: more tokens than the model has positions.
         LoractError: the docstrings are too few.
     """
-    transformers = _transformers()
+    transformers = huggingface()
     folder = minilm()
     with quiet():
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
@@ -287,7 +302,7 @@ def minilm_workload(*, length: int, train: int, held_out: int, dtype: torch.dtyp
 
 def vit_workload(*, train: int, held_out: int, dtype: torch.dtype) -> Classification:
     """A transformer of ViT-Ti's shape with random weights, 197 tokens an image, on handwritten digits."""
-    transformers = _transformers()
+    transformers = huggingface()
     config = transformers.ViTConfig(
         hidden_size=192, num_hidden_layers=12, num_attention_heads=3, intermediate_size=768, image_size=224
     )

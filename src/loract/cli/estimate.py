@@ -112,14 +112,13 @@ def _setup(model: str) -> tuple[Setup, tuple[Variant, ...]]:
     if Path(model).suffix not in (".yaml", ".yml"):
         return Setup(shape=shape(model), length=2048), METHODS
     from loract.config import load_config
-    from loract.weights import gemma_270m, minilm
+    from loract.weights import resolve
 
     config = load_config(model)
-    packaged = {"gemma-3-270m": gemma_270m, "minilm": minilm}
     name = config.model_name_or_path
     if name is None:
         raise LoractError("a run from scratch", "one with model_name_or_path", "name a shape instead")
-    found = shape(str(packaged[name]()) if name in packaged else name)
+    found = shape(resolve(name))
     inputs = {"text-generation": "tokens", "text-classification": "text", "image-classification": "images"}
     base = "nf4" if config.load_in_4bit else "fp32" if config.dtype == "float32" or not config.use_peft else "bf16"
     setup = Setup(

@@ -125,9 +125,11 @@ class Transform:
         rest = x.index_fill(0, index, 0)
         packed = self._encoded(rest, generator, state)
         # Few bits have no level 0: what the codes say of a missing token is taken off what is kept of it.
-        lines = promote(x[index]) - promote(packed.take(index).decode())
+        loud = promote(x[index])
+        lines = loud - promote(packed.take(index).decode())
         assert packed.error is not None
-        share = (squared_norm(rest) / squared_norm(x).clamp_min(torch.finfo(lines.dtype).tiny)).sqrt()
+        energy = squared_norm(rest)
+        share = (energy / (energy + squared_norm(loud)).clamp_min(torch.finfo(lines.dtype).tiny)).sqrt()
         patched = ExactTokens(
             inner=packed, kept=(lines.to(x.dtype), index.to(torch.int32)), shape=packed.shape, dtype=x.dtype
         )
