@@ -32,6 +32,23 @@ CODECS = {
 
 
 @pytest.mark.parametrize("check", conformance.CHECKS)
+def test_conformance_with_outliers(check):
+    check(Transform(bits=3, outliers=4))
+
+
+def test_outliers_are_exact_and_do_not_spoil_the_rest():
+    x = rows_of(512, 64, 1.0).float()
+    x[:3] *= 100
+    plain, apart = (Transform(bits=2, outliers=count).encode(x) for count in (0, 4))
+    assert oracles.relative(apart.decode()[:3], x[:3]) < 1e-6
+    assert 3 * error_of(apart.rows(slice(3, None)), x[3:]) < error_of(plain.rows(slice(3, None)), x[3:])
+    assert float(apart.error) == pytest.approx(error_of(apart, x), rel=0.1)
+    assert apart.nbytes > plain.nbytes
+    with pytest.raises(InvalidSpec, match="outliers=-1"):
+        Transform(outliers=-1)
+
+
+@pytest.mark.parametrize("check", conformance.CHECKS)
 @pytest.mark.parametrize("codec", [c for name, c in CODECS.items() if name != "half a bit"], ids=lambda c: str(c.bits))
 def test_conformance(codec, check):
     check(codec)

@@ -61,7 +61,7 @@ class Transform:
     kept exactly, in x's dtype; basis and scales are those of the rest. No shape waits for this step's data: widths
     come from earlier steps; the first encode of a state takes them from its own data on CPU, where reading is free,
     and from a power law elsewhere. `guard`: keep exactly what would not shrink. NaN or infinity anywhere decodes to
-    NaN.
+    NaN, in an outlier to itself.
 
     Example:
         >>> g = torch.Generator().manual_seed(0)
@@ -129,7 +129,9 @@ class Transform:
         lines = loud - promote(packed.take(index).decode())
         assert packed.error is not None
         energy = squared_norm(rest)
-        share = (energy / (energy + squared_norm(loud)).clamp_min(torch.finfo(lines.dtype).tiny)).sqrt()
+        total = energy + squared_norm(loud)
+        share = (energy / total.clamp_min(torch.finfo(lines.dtype).tiny)).sqrt()
+        share = torch.where(torch.isfinite(total), share, torch.full_like(share, torch.nan))  # not 0 beside an infinity
         patched = ExactTokens(
             inner=packed, kept=(lines.to(x.dtype), index.to(torch.int32)), shape=packed.shape, dtype=x.dtype
         )
