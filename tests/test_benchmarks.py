@@ -27,6 +27,7 @@ def script(name):
 
 
 training, codecs, rounding, estimates = (script(name) for name in ("training", "codecs", "rounding", "estimates"))
+budgets = script("budgets")
 
 
 def characters(text, **_):
@@ -276,3 +277,17 @@ def test_estimates_are_set_beside_measurements(tmp_path, capsys):
     assert all(row["values"]["saved_estimate"] > 0 for row in found)
     estimates.main(arguments, unneeded, (case,))
     assert "all" in (tmp_path / "table.md").read_text()
+
+
+def test_plans_keep_their_budgets(tmp_path, capsys):
+    budgets.main(("--batch", "2", "--length", "32", "--budgets", "4", "--out", str(tmp_path)), lambda _: work())
+    found = lines(tmp_path)
+    sizes = [row["budget"] for row in found]
+    assert len(sizes) == 4
+    assert sizes == sorted(set(sizes))
+    assert sizes[1] / sizes[0] == pytest.approx(sizes[3] / sizes[2], rel=1e-3)
+    assert all(row["kept"] and row["peak"] <= row["budget"] for row in found)
+    errors = [0.0 if row["lossless"] else row["relative_error"] for row in found]
+    assert errors == sorted(errors, reverse=True)
+    assert found[-1]["lossless"]
+    assert (tmp_path / "table.md").read_text().strip() in capsys.readouterr().out

@@ -18,6 +18,8 @@ ORDER = [
     "bitpack",
     "bounds",
     "rangefinder",
+    "moments",
+    "optim",
     "codecs",
     "policy",
     "functions",
