@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
-from loract.errors import InvalidSpec, LoractError, UnsupportedModule
+from loract.errors import InvalidSpec, UnsupportedModule
 from loract.linalg import promote, row_chunks, row_energies
 from loract.moments import decode_positive, decode_signed, encode_positive, encode_signed
 from loract.rangefinder import RangeFinder, Sampled, resolve_rank
@@ -73,18 +73,17 @@ class ProjectedAdamW(Optimizer):
     Groups may say `project: False` and have lr, betas, eps and weight_decay of their own. With `during_backward` each
     gradient is projected as soon as it is complete, added to the projection that is waiting, and freed; `step` then
     moves the weights, so micro-batches accumulate and schedulers work as always, while `grad` of these parameters is
-    None. Clipping the gradients' norm is then for the optimiser to do: `max_grad_norm`, over projections and plain
-    gradients together. `close` (or leaving the context) takes the hooks off.
+    None: clip their norm with `clip_grad_norm_`. `close` (or leaving the context) takes the hooks off.
 
     When a basis changes, moments are carried over: with C = P_old^T P_new, the first moment as M C, the second as the
     variances (V - M^2) through C^2 plus the new mean's square, which is exact where coordinates are uncorrelated.
 
     Raises:
-        InvalidSpec: a rate, beta or norm out of range, or `during_backward` under several processes, where it would
+        InvalidSpec: a rate or beta out of range, or `during_backward` under several processes, where it would
             project before gradients are averaged.
 
     Example:
-        >>> layer = nn.Linear(16, 8)
+        >>> layer = torch.nn.Linear(16, 8)
         >>> with ProjectedAdamW(layer.parameters(), lr=1e-2, during_backward=True) as optimiser:
         ...     layer(torch.ones(4, 16)).sum().backward()
         ...     optimiser.step()
@@ -102,7 +101,6 @@ class ProjectedAdamW(Optimizer):
         weight_decay: float = 0.0,
         projection: Projection | None = None,
         during_backward: bool = False,
-        max_grad_norm: float | None = None,
         seed: int = 0,
     ) -> None:
         """Take the parameters; nothing is allocated before the first gradient."""
@@ -111,13 +109,11 @@ class ProjectedAdamW(Optimizer):
                 raise InvalidSpec(f"{name}={value!r}", f"from 0 to below {most:g}", f"correct {name}")
         if not all(0 <= beta < 1 for beta in betas):
             raise InvalidSpec(f"betas={betas!r}", "two numbers from 0 to below 1", "use (0.9, 0.999)")
-        if max_grad_norm is not None and not max_grad_norm > 0:
-            raise InvalidSpec(f"max_grad_norm={max_grad_norm!r}", "a positive number or None", "use max_grad_norm=1.0")
         several = torch.distributed.is_available() and torch.distributed.is_initialized()
         if during_backward and several and torch.distributed.get_world_size() > 1:
             got = "during_backward under torch.distributed"
             raise InvalidSpec(got, "gradients that are averaged first", "use during_backward=False")
-        self.projection, self.seed, self.max_grad_norm = projection or Projection(), seed, max_grad_norm
+        self.projection, self.seed = projection or Projection(), seed
         self._waiting: dict[Tensor, Tensor] = {}
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         self._places: dict[Tensor, int] = {}
@@ -164,15 +160,28 @@ class ProjectedAdamW(Optimizer):
             for parameter in group["params"]:
                 if group["project"] and parameter.grad is not None:
                     self._collect(parameter)
-        shrink = self._shrink()
         for group in self.param_groups:
             for parameter in group["params"]:
                 if (waiting := self._waiting.pop(parameter, None)) is not None:
-                    self._update(parameter, group, waiting if shrink is None else waiting * shrink)
+                    self._update(parameter, group, waiting)
                 elif parameter.grad is not None:
-                    gradient = promote(parameter.grad)
-                    self._update(parameter, group, gradient if shrink is None else gradient * shrink)
+                    self._update(parameter, group, promote(parameter.grad))
         return value
+
+    @torch.no_grad()
+    def clip_grad_norm_(self, max_norm: float) -> Tensor:
+        """Scale gradients and waiting projections to a joint norm of at most `max_norm`, and return what it was.
+
+        A projection counts as it is: no more than the gradient's own norm.
+        """
+        plain = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        gradients = [*self._waiting.values(), *plain]
+        energies = [row_energies(gradient.reshape(1, -1)).sum().float() for gradient in gradients]
+        total = torch.stack(energies).sum().sqrt() if energies else torch.zeros(())
+        if math.isfinite(max_norm):
+            for gradient in gradients:
+                gradient.mul_((max_norm / (total + 1e-6)).clamp_max(1).to(gradient.dtype))
+        return total
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Also forgets what is waiting."""
@@ -190,6 +199,18 @@ class ProjectedAdamW(Optimizer):
                     name: value.to(parameter.device, copy=True) if isinstance(value, Tensor) else value
                     for name, value in state_dict["state"][number].items()
                 }
+
+    def snapshot(self) -> Callable[[], None]:
+        """What puts back all that a backward pass changes here: for one that fails and is tried again."""
+        waiting = dict(self._waiting)
+        states = {parameter: dict(self.state[parameter]) for parameter in self.state}
+
+        def restore() -> None:
+            self._waiting = dict(waiting)
+            self.state.clear()
+            self.state.update({parameter: dict(state) for parameter, state in states.items()})
+
+        return restore
 
     @property
     def state_bytes(self) -> int:
@@ -215,10 +236,8 @@ class ProjectedAdamW(Optimizer):
         projected = torch.empty(len(tall), basis.shape[1], dtype=basis.dtype, device=basis.device)
         for rows in row_chunks(tall):
             torch.mm(tall[rows].to(basis.dtype), basis, out=projected[rows])
-        if parameter in self._waiting:
-            self._waiting[parameter] += projected
-        else:
-            self._waiting[parameter] = projected
+        before = self._waiting.get(parameter)
+        self._waiting[parameter] = projected if before is None else projected.add_(before)
         parameter.grad = None
 
     def _refresh(self, parameter: Tensor, state: dict[str, Any], tall: Tensor, columns: int) -> None:
@@ -238,17 +257,6 @@ class ProjectedAdamW(Optimizer):
         mean = first @ change
         spread = (second - first.square()).clamp_min_(0)
         self._keep(state, mean, spread @ change.square() + mean.square())
-
-    def _shrink(self) -> Tensor | None:
-        """By what gradients are multiplied for their joint norm to be at most `max_grad_norm`; None: no bound."""
-        if self.max_grad_norm is None:
-            return None
-        plain = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-        energies = [row_energies(g.reshape(1, -1)).sum() for g in (*self._waiting.values(), *plain)]
-        if not energies:
-            return None
-        total = torch.stack([energy.float() for energy in energies]).sum().sqrt()
-        return (self.max_grad_norm / (total + 1e-6)).clamp_max(1)
 
     # Adam
 
@@ -316,17 +324,3 @@ def _leading(x: Tensor, basis: Tensor, energy: float) -> Tensor:
     energies, order = energies.sort(descending=True)
     lacking = energies.cumsum(0) < energy * total
     return basis[:, order[: int(lacking.sum()) + 1]]
-
-
-def check_parameters(model: nn.Module, projection: Projection) -> int:
-    """How many parameters of a model would be projected.
-
-    Raises:
-        LoractError: none would: adapters have no matrix that is larger than the rank in both directions.
-    """
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    count = sum(projection.columns(parameter.shape) is not None for parameter in trained)
-    if not count:
-        got = f"no matrix with both sides above rank {projection.rank} among {len(trained)} trained parameters"
-        raise LoractError(got, "weights that are trained in full", "set use_peft: false, or use another optimiser")
-    return count

@@ -127,6 +127,8 @@ def train(
     finally:
         if compression is not None:
             compression.detach()
+        if (projected := trainer.projected()) is not None:
+            projected.close()
     finished = done or trainer.state.global_step >= trainer.state.max_steps
     output = "adapter" if config.use_peft else "model"
     if finished:
