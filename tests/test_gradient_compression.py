@@ -2,16 +2,20 @@
 
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("trl")
 
+import torch
 import transformers
 
-from loract import LoractError
+from loract import LoractError, UnsupportedModule
 from loract.config import TrainConfig, load_config
+from loract.ddp import WHOLE_STEPS, power_sgd
 from loract.optim import ProjectedAdamW
 from loract.tasks import prepare
 from loract.train import train
@@ -137,3 +141,46 @@ def test_resumed_is_bit_identical(model, data, tmp_path, bits):
 def test_what_does_not_fit_is_refused(model, data, tmp_path, changes, message):
     with pytest.raises(LoractError, match=message):
         load_config(write_config(tmp_path / "loract.yaml", full(model, data, str(tmp_path / "run"), **changes)))
+
+
+# Two processes
+
+
+def launched(config):
+    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [sys.executable, "-m", *launcher, "-m", "loract", "train", config]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_two_processes_project_what_they_averaged(model, data, tmp_path):
+    """As one process with the whole batch does: all find the same bases."""
+    # Without a small epsilon the first steps are signs, also those of what is zero but for rounding.
+    changes = {"max_steps": 4, "gradient_compression": PROJECTED | {"bits": 32}, "adam_epsilon": 1e-4}
+    two = full(model, data, str(tmp_path / "two"), per_device_train_batch_size=1, **changes)
+    launched(write_config(tmp_path / "two.yaml", two))
+    go(full(model, data, tmp_path / "one", per_device_train_batch_size=2, **changes))
+    found, expected = losses(tmp_path / "two"), losses(tmp_path / "one")
+    assert [loss for _, loss, _ in found] == pytest.approx([loss for _, loss, _ in expected], rel=1e-4)
+
+
+def test_power_sgd_averages_in_full_first(model, data, tmp_path):
+    found = {}
+    for name, block in (("none", {"method": "none"}), ("powersgd", {"method": "powersgd", "rank": 2})):
+        changes = {"max_steps": WHOLE_STEPS + 6, "gradient_compression": block, "save_steps": 100}
+        values = full(model, data, str(tmp_path / name), **changes)
+        launched(write_config(tmp_path / f"{name}.yaml", values))
+        found[name] = [loss for _, loss, _ in losses(tmp_path / name)]
+    # The step whose average is the first at low rank still has the weights of the plain run.
+    assert found["powersgd"][: WHOLE_STEPS + 1] == found["none"][: WHOLE_STEPS + 1]
+    assert found["powersgd"][WHOLE_STEPS + 1 :] != found["none"][WHOLE_STEPS + 1 :]
+    assert found["powersgd"][-1] == pytest.approx(found["none"][-1], rel=0.1)
+    assert found["powersgd"][-1] < found["powersgd"][WHOLE_STEPS]
+
+
+def test_power_sgd_of_a_plain_module():
+    with pytest.raises(UnsupportedModule, match="one process sends nothing"):
+        power_sgd(torch.nn.Linear(2, 2), 4)
+    with pytest.raises(LoractError, match="rank=0"):
+        power_sgd(torch.nn.Linear(2, 2), 0)

@@ -20,6 +20,7 @@ ORDER = [
     "rangefinder",
     "moments",
     "optim",
+    "ddp",
     "codecs",
     "policy",
     "functions",

@@ -156,10 +156,7 @@ class ProjectedAdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 value = closure()
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if group["project"] and parameter.grad is not None:
-                    self._collect(parameter)
+        self._collect_all()
         for group in self.param_groups:
             for parameter in group["params"]:
                 if (waiting := self._waiting.pop(parameter, None)) is not None:
@@ -170,10 +167,11 @@ class ProjectedAdamW(Optimizer):
 
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
-        """Scale gradients and waiting projections to a joint norm of at most `max_norm`, and return what it was.
+        """Project what is to be projected, scale all to a joint norm of at most `max_norm`, and return what it was.
 
         A projection counts as it is: no more than the gradient's own norm.
         """
+        self._collect_all()
         plain = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
         gradients = [*self._waiting.values(), *plain]
         energies = [row_energies(gradient.reshape(1, -1)).sum().float() for gradient in gradients]
@@ -219,6 +217,12 @@ class ProjectedAdamW(Optimizer):
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     # Projecting
+
+    def _collect_all(self) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if group["project"] and parameter.grad is not None:
+                    self._collect(parameter)
 
     @torch.no_grad()
     def _collect(self, parameter: Tensor) -> None:

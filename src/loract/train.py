@@ -229,6 +229,7 @@ class _Follow(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.carry_on()
+        self.trainer.compress_gradients()
         self.trainer.dry_run()
         self._since = (state.global_step, time.perf_counter())
 

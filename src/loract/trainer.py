@@ -17,6 +17,7 @@ from trl.trainer.sft_trainer import SFTTrainer
 
 from loract.budget import left
 from loract.config import Task, TrainConfig
+from loract.ddp import power_sgd
 from loract.errors import LoractError
 from loract.hf import LoractCallback
 from loract.ladder import Moments, SoftLimit, SoftLimited, longest, out_of_memory, release, smaller, told
@@ -98,6 +99,13 @@ class RunTrainer(Trainer):
         """The optimiser that `gradient_compression` names, out of accelerate's wrapper."""
         optimiser: Any = getattr(self.optimizer, "optimizer", self.optimizer)
         return optimiser if isinstance(optimiser, ProjectedAdamW) else None
+
+    def compress_gradients(self) -> None:
+        """What `gradient_compression: {method: powersgd}` asks for, once the model is wrapped."""
+        block = self.config.gradient_compression
+        if block.method == "powersgd" and self.args.world_size > 1:
+            assert self.model_wrapped is not None
+            power_sgd(self.model_wrapped, int(block.parsed_rank()))
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         projected = self.projected()
