@@ -1,6 +1,9 @@
-"""Adam's moments in 8 bits, a scale a row. Pure functions of x (rows, columns) in fp32."""
+"""Adam's moments, in fp32 or in 8 bits with a scale a row, as tensors in a dictionary that an optimiser saves."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from types import EllipsisType
 
 import torch
 from torch import Tensor
@@ -52,3 +55,49 @@ def decode_positive(coded: Coded) -> Tensor:
     """The second moment again; what was zero is the least normal number."""
     codes, low, step = coded
     return torch.exp2(low + codes.to(low.dtype) * step)
+
+
+Part = slice | EllipsisType
+"""Some rows, or all of a tensor of any shape."""
+
+
+def allocate(shape: Sequence[int], bits: int, like: Tensor) -> dict[str, Tensor]:
+    """Room for both moments of this shape, in 8 bits (two dimensions) or in `like`'s dtype; what is in it is undefined.
+
+    Example:
+        >>> state = allocate((2, 4), 8, torch.ones(1))
+        >>> write(state, slice(0, 1), torch.ones(1, 4), torch.full((1, 4), 2.0))
+        >>> read(state, slice(0, 1))[1]
+        tensor([[2., 2., 2., 2.]])
+    """
+    if bits == 32:
+        return {name: torch.zeros(tuple(shape), dtype=like.dtype, device=like.device) for name in ("first", "second")}
+    state: dict[str, Tensor] = {}
+    for name in ("first", "second"):
+        state[name] = torch.zeros(tuple(shape), dtype=torch.uint8, device=like.device)
+        for scale in _SCALES:
+            state[name + scale] = torch.zeros(shape[0], 1, dtype=like.dtype, device=like.device)
+    return state
+
+
+_SCALES = ("_scale", "_step")
+
+
+def read(state: Mapping[str, Tensor], part: Part) -> tuple[Tensor, Tensor]:
+    """Both moments of some rows, as values of their own."""
+    if state["first"].dtype != torch.uint8:
+        return state["first"][part].clone(), state["second"][part].clone()
+    first, second = (
+        (state[name][part], state[name + "_scale"][part], state[name + "_step"][part]) for name in ("first", "second")
+    )
+    return decode_signed(first), decode_positive(second)
+
+
+def write(state: Mapping[str, Tensor], part: Part, first: Tensor, second: Tensor) -> None:
+    """Keep both moments of some rows."""
+    if state["first"].dtype != torch.uint8:
+        state["first"][part], state["second"][part] = first, second
+        return
+    for name, coded in (("first", encode_signed(first)), ("second", encode_positive(second))):
+        for suffix, tensor in zip(("", *_SCALES), coded, strict=True):
+            state[name + suffix][part] = tensor

@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 
 from loract.errors import InvalidSpec, UnsupportedModule
 from loract.linalg import promote, row_chunks, row_energies
-from loract.moments import decode_positive, decode_signed, encode_positive, encode_signed
+from loract.moments import allocate, read, write
 from loract.rangefinder import RangeFinder, Sampled, resolve_rank
 
 
@@ -257,10 +257,14 @@ class ProjectedAdamW(Optimizer):
 
     def _carry(self, state: dict[str, Any], change: Tensor) -> None:
         """Moments through a change of basis C (k, k'), as those of coordinates that are uncorrelated."""
-        first, second = self._moments(state)
-        mean = first @ change
-        spread = (second - first.square()).clamp_min_(0)
-        self._keep(state, mean, spread @ change.square() + mean.square())
+        kept = state["first"]
+        carried = allocate((len(kept), change.shape[1]), self.projection.bits, change)
+        for part in row_chunks(kept):
+            first, second = read(state, part)
+            mean = first @ change
+            spread = (second - first.square()).clamp_min_(0)
+            write(carried, part, mean, (spread @ change.square()).add_(mean.square()))
+        state.update(carried)
 
     # Adam
 
@@ -271,40 +275,22 @@ class ProjectedAdamW(Optimizer):
         """
         state = self.state[parameter]
         step = state["step"] = state.get("step", 0) + 1
-        betas = (_weight(beta, step) for beta in group["betas"])
+        basis = state.get("basis")
+        weight, bits = (parameter, 32) if basis is None else (_tall(parameter), self.projection.bits)
         if step == 1:
-            first, second = torch.zeros_like(gradient), torch.zeros_like(gradient)
-        else:
-            first, second = self._moments(state)
-        first.lerp_(gradient, next(betas))
-        second.lerp_(gradient.square(), next(betas))
-        self._keep(state, first, second)
-        direction = first / second.sqrt().add_(group["eps"])
+            state.update(allocate(gradient.shape, bits, gradient))
+        new_first, new_second = (_newest(beta, step) for beta in group["betas"])
         parameter.mul_(1 - group["lr"] * group["weight_decay"])
-        if "basis" not in state:
-            parameter.add_(direction.to(parameter.dtype), alpha=-group["lr"])
-            return
-        tall = _tall(parameter)
-        for rows in row_chunks(tall):
-            move = direction[rows] @ state["basis"].T
-            tall[rows].add_(move.to(parameter.dtype), alpha=-group["lr"] * self.projection.scale)
-
-    def _moments(self, state: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-        if "first_codes" not in state:
-            return state["first"], state["second"]
-        first, second = (
-            (state[f"{name}_codes"], state[f"{name}_low"], state[f"{name}_step"]) for name in ("first", "second")
-        )
-        return decode_signed(first), decode_positive(second)
-
-    def _keep(self, state: dict[str, Any], first: Tensor, second: Tensor) -> None:
-        """In bytes where they are projected and 8 bits are asked for."""
-        if self.projection.bits == 32 or "basis" not in state:
-            state["first"], state["second"] = first, second
-            return
-        for name, coded in (("first", encode_signed(first)), ("second", encode_positive(second))):
-            for part, tensor in zip(("codes", "low", "step"), coded, strict=True):
-                state[f"{name}_{part}"] = tensor
+        for part in (...,) if basis is None else row_chunks(gradient):
+            now = gradient[part]
+            first, second = read(state, part)
+            first.lerp_(now, new_first)
+            second.lerp_(now.square(), new_second)
+            write(state, part, first, second)
+            move = first.div_(second.sqrt_().add_(group["eps"]))
+            if basis is not None:
+                move = (move @ basis.T).mul_(self.projection.scale)
+            weight[part].add_(move.to(weight.dtype), alpha=-group["lr"])
 
 
 def _tall(matrix: Tensor) -> Tensor:
@@ -312,7 +298,7 @@ def _tall(matrix: Tensor) -> Tensor:
     return matrix if matrix.shape[0] >= matrix.shape[1] else matrix.T
 
 
-def _weight(beta: float, step: int) -> float:
+def _newest(beta: float, step: int) -> float:
     """What a new value weighs in a moment whose bias is corrected: (1 - b) / (1 - b^t)."""
     return (1 - beta) / (1 - beta**step)
 
