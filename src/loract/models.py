@@ -7,6 +7,7 @@ from typing import Any
 
 from loract.config import Task, TrainConfig
 from loract.errors import LoractError, MissingExtra, reason
+from loract.functions.linear import PACKS, packing
 from loract.weights import quiet
 
 try:
@@ -159,6 +160,8 @@ def load_model(config: TrainConfig, source: str | None, architecture: Any) -> An
             raise LoractError(
                 f"model {source or config.model_type!r} ({reason(error)})", "its weights", "check it"
             ) from (error)
+        for module in packing(model):
+            setattr(module, PACKS, False)
         if config.use_peft:
             model = _with_adapters(model, config)
     return model.train()
