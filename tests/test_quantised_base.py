@@ -10,7 +10,7 @@ peft = pytest.importorskip("peft")
 bnb = pytest.importorskip("bitsandbytes")
 
 from causal import causal, lora, tokens  # noqa: E402
-from loract.functions.linear import PACKS  # noqa: E402
+from loract.functions.linear import PACKS, dense_weight, packing  # noqa: E402
 from loract.memory import saved_bytes  # noqa: E402
 from tiny import FAMILIES  # noqa: E402
 
@@ -113,6 +113,19 @@ def test_evaluation_leaves_gradients_alone(folder):
         assert (step(model, ids)[1] - expected).norm() <= 0.15 * expected.norm()
     states = [m.weight.quant_state for m in model.modules() if isinstance(m, bnb.nn.Linear4bit)]
     assert not any(getattr(state, "packing_format_for_cpu", False) for state in states)
+
+
+@pytest.mark.parametrize("nested", [True, False])
+def test_a_packed_weight_is_changed_back(nested):
+    torch.manual_seed(0)
+    options = {"bias": False, "compute_dtype": torch.bfloat16, "quant_type": "nf4", "compress_statistics": nested}
+    module = bnb.nn.Linear4bit(256, 96, **options).to("cpu")
+    before = dense_weight(module).float()
+    with torch.no_grad():
+        module.eval()(torch.randn(4, 256).bfloat16())
+    packing(module)
+    # What was packed has rounded its scales to bf16.
+    assert (dense_weight(module).float() - before).norm() <= 4e-3 * before.norm()
 
 
 @pytest.mark.parametrize("name", ["sublayer", "layer"])

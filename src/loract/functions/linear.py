@@ -56,7 +56,10 @@ def packing(model: nn.Module) -> list[nn.Module]:
                 _convert_weight_packed_for_cpu_inverse as unpack,  # pyright: ignore[reportPrivateUsage]
             )
 
-            weight.data, weight.quant_state = unpack(weight.data, weight.quant_state)
+            weight.data, state = unpack(weight.data, weight.quant_state)
+            if not state.nested:  # its scales, (blocks of a row, rows) while packed, are left so
+                state.absmax = state.absmax.T.reshape(-1).float()
+            weight.quant_state = state
     return found
 
 
