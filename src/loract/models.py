@@ -135,7 +135,7 @@ def load_model(config: TrainConfig, source: str | None, architecture: Any) -> An
     transformers.set_seed(config.seed)
     auto: Any = getattr(transformers, _MODELS[config.task][0])
     dtype = config.dtype or ("auto" if config.use_peft else "float32")
-    if config.load_in_4bit and dtype == "auto":
+    if config.quantised and dtype == "auto":
         dtype = "bfloat16"  # all of it: attention refuses a mixture of the checkpoint's dtype and the products'
     options: dict[str, Any] = {"attn_implementation": config.attn_implementation}
     with quiet():
@@ -143,10 +143,12 @@ def load_model(config: TrainConfig, source: str | None, architecture: Any) -> An
             if source is None:
                 model: Any = auto.from_config(architecture, dtype="float32" if dtype == "auto" else dtype, **options)
             else:
-                if config.load_in_4bit:
+                if config.quantised == 4:
                     options["quantization_config"] = transformers.BitsAndBytesConfig(
                         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
                     )
+                elif config.quantised == 8:
+                    options["quantization_config"] = transformers.BitsAndBytesConfig(load_in_8bit=True)
                 model = auto.from_pretrained(
                     source,
                     config=architecture,
