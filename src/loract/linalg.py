@@ -95,3 +95,9 @@ def iterated_eigenvectors(symmetric: Tensor) -> Tensor:
 def singular_values(x: Tensor) -> Tensor:
     """Singular values of x in descending order."""
     return torch.linalg.svdvals(promote(x))
+
+
+def singular_vectors(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """U (N, N), the singular values (min(N, n),) and V (n, n) of x (N, n), both bases complete."""
+    u, values, vt = torch.linalg.svd(promote(x), full_matrices=True)
+    return u, values, vt.T
