@@ -327,7 +327,7 @@ def test_equal_bytes_brackets_the_codecs(kind, rank):
     x = _source(spectrum, tokens, 1).bfloat16().float()
     kept = LowRank(rank=rank, sampler=Truncated(), guard=False).encode(x)
     budget = kept.nbytes // 2  # in 16 bits
-    bits = max(b / 20 for b in range(1, 160) if Transform(bits=b / 20, guard=False).encode(x).nbytes <= budget)
+    bits = max(b / 8 for b in range(1, 65) if Transform(bits=b / 8, guard=False).encode(x).nbytes <= budget)
     coded = Transform(bits=bits, guard=False).encode(x)
     found = equal_bytes(spectrum.square(), tokens, rank, bits=16)
     error = oracles.relative(coded.decode(), x)

@@ -48,7 +48,7 @@ def test_a_contraction_keeps_its_bound(codec):
         bound = contraction_bound(upstream, packed.decode() - x)
         assert measured <= bound * SLACK
         ratios.append(bound / measured)
-    assert np.median(ratios) <= 2.5
+    assert np.median(ratios) <= 4
 
 
 def test_the_contraction_bound_is_sharp():
@@ -67,7 +67,7 @@ def test_rounding_errs_as_its_mean_says():
         energies.append(float(error.square().sum()))
         found.append(float((upstream.T @ error).square().sum()))
     assert math.sqrt(np.mean(found)) == pytest.approx(contraction_mean(upstream, np.mean(energies), 128), rel=0.05)
-    assert contraction_bound(upstream, error) > 2 * contraction_mean(upstream, np.mean(energies), 128) / math.sqrt(3)
+    assert contraction_bound(upstream, error) > 2 * contraction_mean(upstream, np.mean(energies), 128)
 
 
 def test_low_rank_loses_what_of_the_gradient_lies_outside_its_basis():

@@ -98,6 +98,6 @@ def singular_values(x: Tensor) -> Tensor:
 
 
 def singular_vectors(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """U (N, N), the singular values (min(N, n),) and V (n, n) of x (N, n), both bases complete."""
-    u, values, vt = torch.linalg.svd(promote(x), full_matrices=True)
+    """U (N, m), singular values (m,) in descending order and V (n, m) of x (N, n), m = min(N, n)."""
+    u, values, vt = torch.linalg.svd(promote(x), full_matrices=False)
     return u, values, vt.T

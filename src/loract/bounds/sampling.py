@@ -74,19 +74,16 @@ def sketch_bound(x: Tensor, test: Tensor, rank: int) -> SketchBound:
         got = f"rank={rank!r} for x {tuple(x.shape)} and a test matrix {tuple(test.shape)}"
         raise InvalidSpec(got, "from 1 to the sketch's columns", "pass a smaller rank or a wider sketch")
     u, spectrum, _ = singular_vectors(x.double())
-    tail = torch.zeros(len(u), dtype=u.dtype)
-    tail[: len(spectrum)] = spectrum
-    tail = tail[rank:]
-    projected = u.T @ test.double()
+    tail = spectrum[rank:]
+    projected = u.T @ test.double()  # what Omega has outside the range of X meets zeros
     first, rest = projected[:rank], projected[rank:]
     a, values, b = singular_vectors(first)
-    if float(values[-1]) <= max(first.shape) * torch.finfo(values.dtype).eps * float(values[0]):
+    if float(values[-1]) <= max(first.shape) * torch.finfo(values.dtype).eps * float(test.double().norm()):
         return SketchBound(math.inf, math.inf, math.inf)
-    missed = tail[:, None] * (rest @ (b[:, :rank] / values) @ a.T)
+    missed = tail[:, None] * (rest @ (b / values) @ a.T)
     spectral = float(singular_values(torch.cat([torch.diag(tail), missed], 1))[0]) if len(tail) else 0.0
     frobenius = math.sqrt(float(tail.square().sum() + missed.square().sum()))
-    following = float(spectrum[rank]) if rank < len(spectrum) else 0.0
-    return SketchBound(spectral, frobenius, math.hypot(spectral, following))
+    return SketchBound(spectral, frobenius, math.hypot(spectral, float(tail[0]) if len(tail) else 0.0))
 
 
 def gaussian_bound(spectrum: Tensor, rank: int, oversample: int, exponent: int = 1) -> float:
