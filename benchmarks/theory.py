@@ -306,8 +306,6 @@ class Figures:
     gaussian_bound: float
     uniform_claim: float
     """Failure probability of the uniform bound at e = 1/2."""
-    transform: float
-    """Ideal, at the bytes of low rank in 16 bits."""
 
 
 def evaluate(x: Tensor, seed: int = 0) -> Figures:
@@ -330,7 +328,6 @@ def evaluate(x: Tensor, seed: int = 0) -> Figures:
         gaussian=relative(x, Gaussian(oversample=extra).basis(x, rank, generator(seed))),
         gaussian_bound=gaussian_bound(spectrum, rank, extra) / total,
         uniform_claim=failure_probability(rank, rank + extra, mu, 0.5),
-        transform=equal_bytes(spectrum.square(), len(x), rank).transform,
     )
 
 
@@ -373,7 +370,6 @@ COLUMNS = {
     "sampled_bound": "its bound",
     "gaussian": "Gaussian",
     "gaussian_bound": "its mean's bound",
-    "transform": "transform, ideal",
 }
 
 
@@ -394,8 +390,9 @@ def page(found: dict[str, list[Figures]], title: str, length: int) -> str:
     held = sum(f.sampled <= f.sampled_bound * (1 + 1e-9) for f in every)
     return f"""# Bounds on real activations
 
-{title}, one text of {length} tokens, fp32, rank n / 8 and a quarter more columns drawn; medians over tensors. Errors
-are relative, in the Frobenius norm; features are sampled by squared norm. Written by `benchmarks/theory.py`.
+{title}, one text of {length} tokens, fp32, rank n / 8 (at most N / 2) and a quarter more columns drawn; medians over
+tensors. Errors are relative, in the Frobenius norm; features are sampled by squared norm. mu (1.5) is between 1 and n / k.
+Written by `benchmarks/theory.py`.
 
 {table(found).strip()}
 

@@ -284,18 +284,19 @@ def _source(spectrum, tokens, seed):
 
 
 CODES = {
-    "low rank": LowRank(rank=8, guard=False),
-    "low rank, coded": LowRank(rank=8, factor_bits=4, guard=False),
-    "transform 1": Transform(bits=1, guard=False),
-    "transform 3": Transform(bits=3, guard=False),
-    "by channel": Quantized(bits=4, scale="channel", guard=False),
-    "by group": Quantized(bits=2, group=16, guard=False),
+    "low rank": (LowRank(rank=8, guard=False), math.inf),
+    "low rank, coded": (LowRank(rank=8, factor_bits=4, guard=False), 20),
+    "transform 1": (Transform(bits=1, guard=False), 15),
+    "transform 3": (Transform(bits=3, guard=False), 15),
+    "by channel": (Quantized(bits=4, scale="channel", guard=False), 1500),
+    "by group": (Quantized(bits=2, group=16, guard=False), math.inf),
 }
+"""Codecs, and how many times the least squared error theirs may be."""
 
 
 @pytest.mark.parametrize("kind", ["slow", "fast", "flat"])
-@pytest.mark.parametrize("codec", CODES.values(), ids=CODES)
-def test_no_code_errs_less_than_the_rate_allows(codec, kind):
+@pytest.mark.parametrize(("codec", "most"), CODES.values(), ids=CODES)
+def test_no_code_errs_less_than_the_rate_allows(codec, most, kind):
     """The converse: N tokens in B bits, bases and scales among them, err by N D(B / N) at least in the mean."""
     spectrum, tokens = oracles.decaying(32, kind), 256
     errors, sizes = [], []
@@ -304,7 +305,8 @@ def test_no_code_errs_less_than_the_rate_allows(codec, kind):
         packed = codec.encode(x)
         errors.append(float((packed.decode() - x).double().square().sum()) / tokens)
         sizes.append(8 * packed.nbytes)
-    assert np.mean(errors) >= rate_distortion(spectrum.square(), max(sizes) / tokens / 32)
+    least = rate_distortion(spectrum.square(), max(sizes) / tokens / 32)
+    assert least <= np.mean(errors) <= most * least
 
 
 def test_transform_coding_stays_near_the_limit_and_low_rank_does_not():

@@ -48,7 +48,7 @@ def test_a_contraction_keeps_its_bound(codec):
         bound = contraction_bound(upstream, packed.decode() - x)
         assert measured <= bound * SLACK
         ratios.append(bound / measured)
-    assert np.median(ratios) <= 4
+    assert np.median(ratios) <= 3.5
 
 
 def test_the_contraction_bound_is_sharp():
@@ -114,7 +114,7 @@ def test_a_norm_s_gradient_keeps_its_bound(bits, centred):
         at_most = rstd.flatten() * (upstream * weight).norm(dim=1) * (2 * relative + relative**2)
         assert bound <= float(at_most.norm()) * SLACK
         ratios.append(bound / measured)
-    assert np.median(ratios) <= 12
+    assert 3 <= np.median(ratios) <= 11
 
 
 def backward(upstream, xhat, rstd):
@@ -176,8 +176,8 @@ def test_attention_s_gradients_keep_their_bounds(bits, causal):
         assert all(m <= b * SLACK for m, b in zip(measured, bound))
         ratios.append([b / m for m, b in zip(measured, bound)])
     typical = np.median(ratios, axis=0)
-    assert (typical <= [150, 120, 60]).all()
-    assert (typical >= 2).all(), "far from sharp on random errors: say so"
+    assert (typical <= [160, 230, 55]).all()
+    assert (typical >= 10).all(), "far from sharp on random errors, as the page says"
 
 
 def test_the_bound_on_values_is_sharp_for_two_keys():
@@ -273,11 +273,11 @@ def test_errors_propagate_within_the_bounds(size, depth):
         products.append(product / measured)
         sums.append(total / measured)
         spreads.append(measured)
-    limits = {1: (4, 1.001), 4: (60, 12), 12: (2e4, 1.5e3)}[depth]
+    limits = {1: (3.5, 1.001), 4: (30, 6), 12: (1500, 80)}[depth]
     assert np.median(products) <= limits[0]
     assert np.median(sums) <= limits[1]
     if depth == 12:
-        assert np.median(products) >= 50, "exponentially loose in depth: say so"
+        assert np.median(products) >= 100, "exponentially loose in depth, as the page says"
 
 
 def test_the_propagated_bound_is_reached_by_layers_that_amplify_one_direction():

@@ -136,7 +136,7 @@ def test_warm_starts_follow_a_drifting_matrix(drift):
             assert largest_angle(now, p) <= allowed * SLACK + TINY
             assert largest_angle(now, p) <= tracking_bound(ratio, drift) * SLACK + TINY
         settled.append(largest_angle(now, p))
-    assert tracking_bound(ratio, drift) < 9 * np.median(settled) or tracking_bound(ratio, drift) == math.pi / 2
+    assert tracking_bound(ratio, drift) < 14 * np.median(settled)
 
 
 @pytest.mark.parametrize("ratio", [0.3, 0.6, 0.9])

@@ -37,7 +37,7 @@ def named_tests(text):
     return re.findall(r"`(tests/test_\w+\.py)::(test_\w+)`", text)
 
 
-@pytest.mark.parametrize("statement", statements())
+@pytest.mark.parametrize("statement", list(statements()))
 def test_every_statement_has_a_proof_and_tests(statement):
     assert re.match(r"\d\.\d \S", statement)
     proof = statement.index("**Proof.**")

@@ -50,7 +50,7 @@ def norm_backward_bound(upstream: Tensor, xhat: Tensor, errors: Tensor, rstd: Te
 
     Example:
         >>> u = xhat = torch.ones(1, 4)
-        >>> norm_backward_bound(u, xhat, torch.tensor([0.2]), torch.ones(1))
+        >>> round(norm_backward_bound(u, xhat, torch.tensor([0.2]), torch.ones(1)), 4)
         0.42
     """
     u, x, e = upstream.double().norm(dim=1), xhat.double().norm(dim=1), errors.double()

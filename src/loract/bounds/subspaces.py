@@ -35,7 +35,7 @@ def rotation_bound(value: float, following: float, change: float) -> float:
 
     Example:
         >>> round(rotation_bound(2.0, 1.0, 0.1), 4)
-        0.1114
+        0.1113
     """
     gap = value - following - change
     return math.pi / 2 if gap <= change else math.asin(change / gap)
