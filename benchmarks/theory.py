@@ -391,7 +391,7 @@ def page(found: dict[str, list[Figures]], title: str, length: int) -> str:
     return f"""# Bounds on real activations
 
 {title}, one text of {length} tokens, fp32, rank n / 8 (at most N / 2) and a quarter more columns drawn; medians over
-tensors. Errors are relative, in the Frobenius norm; features are sampled by squared norm. mu (1.5) is between 1 and n / k.
+tensors. Errors are relative, in the Frobenius norm; features are sampled by squared norm. mu (1.5) lies in 1 to n / k.
 Written by `benchmarks/theory.py`.
 
 {table(found).strip()}
