@@ -227,6 +227,8 @@ class Region:
             (whole,) = self._run(rebuild, tensors).tensors
             try:
                 (part,) = self._run(rebuild, [x.reshape(-1, x.shape[-1])[None, 1::2]]).tensors
+            except (MemoryError, torch.OutOfMemoryError):
+                raise
             except Exception:  # made for one number of tokens
                 return False
         if whole.shape[:-1] != x.shape[:-1]:
