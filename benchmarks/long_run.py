@@ -51,7 +51,7 @@ def measure(work: Work, policy: str, moments: Sequence[int], batch: int, tick: T
             del loss
             if step in moments:
                 gc.collect()
-                tensors = sum(isinstance(x, torch.Tensor) for x in gc.get_objects())
+                tensors = sum(issubclass(type(x), torch.Tensor) for x in gc.get_objects())
                 resident = restart_peak_rss()
                 found.append(Moment(step=step, saved_bytes=saved, resident_bytes=resident, tensors=tensors))
             tick(f"step {step}")
