@@ -20,7 +20,7 @@ import datasets
 import loract
 from loract.config import Compression, TrainConfig, load_config
 from loract.plainyaml import written
-from loract.rows import converted, form_of, load_rows
+from loract.rows import converted, form_of, load_rows, require_images
 from loract.runs import CONFIG, MANIFEST, METRICS, Run, damage, seal
 from loract.starters import STARTERS
 from loract.tasks import prepare
@@ -180,7 +180,7 @@ def test_tricks_of_yaml(tmp_path, monkeypatch, read, trick):
     text, message = TRICKS[trick]
     monkeypatch.chdir(tmp_path)
     Path("file.yaml").write_text(text)
-    with pytest.raises(loract.LoractError, match=message or "unknown key"):
+    with pytest.raises(loract.LoractError, match=message or "no key|unknown key"):
         read("file.yaml")
     assert os.listdir() == ["file.yaml"]
 
@@ -205,7 +205,6 @@ def test_values_on_the_command_line_are_text_where_they_are_no_yaml(tmp_path, te
         ({"config_overrides": {"num_attention_heads": 5}}, "model"),
         ({"lr_scheduler_type": "lineer"}, "transformers refuses"),
         ({"optim": "adamv"}, "transformers refuses"),
-        ({"num_train_epochs": 1e300}, "epochs|steps"),
         ({"chat_template_path": "."}, "a Jinja file"),
     ],
     ids=str,
@@ -262,8 +261,12 @@ def test_rows_of_any_shape(folder, rows):
     ids=str,
 )
 def test_rows_that_are_no_data(model, tmp_path, rows, changes, message):
-    name = write_rows(tmp_path / "rows.jsonl", [*rows, *rows])
-    config = TrainConfig(**settings(model, name, tmp_path / "run", **changes))
+    name = write_rows(
+        tmp_path / "rows.jsonl", [*rows, {**rows[0], "label": "b"} if rows[0].get("label") == "a" else rows[0]]
+    )
+    (tmp_path / "template.jinja").write_text("{{ messages[0]['content'] }}")
+    values = settings(model, name, tmp_path / "run", chat_template_path=str(tmp_path / "template.jinja"), **changes)
+    config = TrainConfig(**values)
     with pytest.raises(loract.LoractError, match=message) as caught:
         prepare(config)
     assert "\n" not in str(caught.value)
@@ -327,7 +330,10 @@ def test_a_pickle_under_another_name_is_not_run(tmp_path, name):
     path = tmp_path / "data" / name
     path.parent.mkdir()
     path.write_bytes(pickle.dumps(Mine(tmp_path / "ran")))
-    explained(lambda: [*load_rows(str(path.parent), "train")] and None)
+    if name == "image.png":
+        explained(lambda: require_images(load_rows(str(path.parent), "train"), "image", 1))
+    else:
+        explained(lambda: [*load_rows(str(path.parent), "train")] and None)
     assert not (tmp_path / "ran").exists()
 
 
@@ -548,7 +554,7 @@ def test_links_inside_a_checkpoint_are_not_followed(run, tmp_path):
 
 
 @fuzz(100)
-@given(st.text(st.sampled_from([*"./\\~0129", "checkpoint-", "run", "..", "\0"]), max_size=8))
+@given(st.lists(st.sampled_from([*"./\\~0129", "checkpoint-", "run", "..", "\0"]), max_size=8).map("".join))
 def test_names_of_checkpoints_never_leave_the_run(folder, name):
     run = Run(folder=folder / "named" / "run")
     if not run.folder.exists():

@@ -31,7 +31,7 @@ def read_architecture(config: TrainConfig, source: str | None) -> Any:
             return AutoConfig.for_model(str(config.model_type), **config.config_overrides)
         except Exception as error:  # of what is overridden too
             got = f"model_type {config.model_type!r} with config_overrides {config.config_overrides!r}"
-            raise LoractError(got, "what transformers knows", " ".join(str(error).split())) from None
+            raise LoractError(got, "what transformers knows", reason(error)) from None
     folder = Path(source)
     if folder.is_dir():
         _refuse_pickles(folder)
@@ -50,7 +50,7 @@ def _reading(got: str, expected: str, next_step: str) -> Generator[None]:
     try:
         yield
     except Exception as error:
-        raise LoractError(f"{got} ({' '.join(reason(error).split())})", expected, next_step) from error
+        raise LoractError(f"{got} ({reason(error)})", expected, next_step) from error
 
 
 def _refuse_pickles(folder: Path) -> None:

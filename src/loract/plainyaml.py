@@ -19,6 +19,7 @@ def read_mapping(what: str, path: Path, next_step: str) -> dict[str, Any]:
         LoractError: no such file, no text, no plain YAML (see `parse`), or no keys.
         MissingExtra: PyYAML is not installed.
     """
+    pyyaml()  # that it is missing is said first
     name = f"{what} {str(path)!r}"
     try:
         text = path.read_text(encoding="utf-8")
