@@ -280,7 +280,7 @@ def passed(model, x):
 def same_gradients(ours, expected, tolerance):
     assert ours.keys() == expected.keys()
     a, b = (torch.cat([found[name].double().flatten() for name in expected]) for found in (ours, expected))
-    if b.isfinite().all():
+    if b.isfinite().all() and tolerance is not None:
         assert (a - b).norm() <= tolerance * b.norm() + 1e-12
     for name, gradient in expected.items():
         hidden = ~gradient.isfinite() & ours[name].isfinite()
@@ -307,7 +307,7 @@ def test_attached_models(name, x, leaf):
             assert torch.equal(ours.nan_to_num(7.0), reference.nan_to_num(7.0))
             tolerance = {torch.float64: 1e-6, torch.float32: 1e-3}.get(x.dtype, 0.1)
             # What is coded in a few bits is only ever judged by what must not be hidden.
-            same_gradients(found, expected, tolerance if name in LOSSLESS else torch.inf)
+            same_gradients(found, expected, tolerance if name in LOSSLESS else None)
     assert not any("forward" in vars(module) for module in model.modules())
 
 
