@@ -368,13 +368,13 @@ def test_a_codec_that_runs_out_of_memory_is_no_different(files, spy, tmp_path, m
 
     def failing(codec, *args):
         calls[0] += codec.rank == 0.25
-        if calls[0] == failing.at:
+        if calls[0] == failing.at and codec.rank == 0.25:
             raise torch.OutOfMemoryError("no memory left on this device")
         return encode(codec, *args)
 
     failing.at = 0
     monkeypatch.setattr(loract.LowRank, "encode", failing)
-    result = go(files, tmp_path / "counted", CODED)
+    go(files, tmp_path / "counted", CODED)
     failing.at, calls[0] = calls[0] * 5 // 8, 0  # of four steps
     result = go(files, tmp_path / "failed", CODED)
     assert (result.steps, result.finished, result.rung) == (4, True, 1)

@@ -101,8 +101,8 @@ def remembering():
     step = loract.Transform(bits=6.0, refresh=3, guard=False)
     ranks = loract.LowRank(rank=0.25, tolerance=0.05, guard=False)
     noise = loract.Quantized(bits=6, stochastic=True, guard=False)
-    codecs = {"stream": step, "sublayer": loract.Exact(), "adapter_input": noise, "norm": ranks, "gated": noise}
-    again = {"gated": noise, "norm": ranks, "adapter_input": noise}
+    again = {"gated": ranks, "adapter_input": noise}
+    codecs = {"stream": step, "sublayer": loract.Exact(), **again}
     rules = [loract.Rule(kind=kind, codec=codec) for kind, codec in codecs.items()]
     rules += [loract.Rule(kind=kind, codec=codec, recomputed=True) for kind, codec in again.items()]
     return loract.Policy(name="remembering", rules=tuple(rules))
