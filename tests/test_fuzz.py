@@ -287,7 +287,7 @@ def same_gradients(ours, expected, tolerance):
         assert not hidden.any(), name
 
 
-@fuzz(200)
+@fuzz(120)
 @given(
     st.sampled_from(list(POLICIES)),
     tensors(shape=shapes(8), least=-1, most=1),
@@ -475,7 +475,7 @@ def deterministic(name):
     return loract.preset("tensor", codec=Quantized(bits=8, guard=False)) if name == "tensor" else POLICIES[name]
 
 
-@fuzz(150)
+@fuzz(100)
 @given(
     st.sampled_from(["exact", "tensor", "sublayer", "layer", "full rank layer", "stream", "balanced"]),
     st.sampled_from(RAISED),

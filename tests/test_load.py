@@ -49,20 +49,21 @@ def step(model, batch):
 
 @pytest.mark.parametrize("name", POLICIES)
 def test_nothing_grows_over_many_steps(name):
-    """Saved bytes to the byte, live tensors and their bytes exactly, and resident memory to one mebibyte."""
+    """Saved bytes, live tensors and their bytes, to the byte; resident memory to one mebibyte."""
     model, batch = build("llama", length=16)
     seen = []
     with loract.attach(model, POLICIES[name]):
-        for index in range(60):
+        for index in range(51):
             size, out = saved_bytes(lambda: run(model, batch, backward=False), model.parameters())
             out.sum().backward()
             model.zero_grad(set_to_none=False)
             del out
-            if index in (20, 59):  # as far from the last new basis
+            if index in (20, 50):  # as far from the last new basis
                 seen.append((size, *alive(), restart_peak_rss()))
     (*before, resident), (*after, resident_after) = seen
-    if name == "tolerance":  # ranks follow the spectra; by then they have settled
-        assert after[0] <= 1.01 * before[0]
+    if name in ("tolerance", "warm"):  # ranks and widths follow the spectra; by then they have settled
+        assert after[1] == before[1]
+        assert all(a <= 1.01 * b for a, b in zip(after, before, strict=True))
     else:
         assert before == after
     assert resident_after - resident <= MIB
