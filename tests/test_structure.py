@@ -118,9 +118,8 @@ def test_every_test_that_the_documents_name_exists():
     tests = Path(__file__).parent
     page = (tests.parent / "docs" / "faults.md").read_text()
     named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", page)
-    rows = [
-        line for line in page.splitlines() if line.startswith("| ") and "---" not in line and "| test |" not in line
-    ]
+    tables = page.partition("A long run")[0] + page.partition("## Files")[2]
+    rows = [line for line in tables.splitlines() if line.startswith("| ") and not re.search(r"---|\| test \|$", line)]
     assert len(rows) > 30
     assert all(re.search(r"`test_\w+\.py::test_\w+` \|$", row) for row in rows)
     for file, name in named:
