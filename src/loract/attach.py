@@ -375,7 +375,7 @@ class Handle(Uncopied):
                 reason = "chooses by its inputs, and a coded input could choose otherwise"
             if reason is not None:
                 self._leave(item, reason)
-                return region.forward(*args, **kwargs)
+                return region.plain(*args, **kwargs)
             site.begin(0)
             known = {id(t): site.share(t) for t in coded}
             site.keep(*(t for t in tensors if id(t) not in known))

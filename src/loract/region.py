@@ -56,8 +56,14 @@ class Region:
 
     def parameters(self) -> list[Tensor]:
         """Trainable parameters as they are now (a sharding wrapper swaps them around each pass)."""
-        found = {id(p): p for _, _, p in self._slots()}
+        with self._lock:  # another thread may have aliases in their place
+            found = {id(p): p for _, _, p in self._slots()}
         return list(found.values())
+
+    def plain(self, *args: Any, **kwargs: Any) -> Any:
+        """What the module's own forward returns, with the parameters themselves in its graph."""
+        with self._lock:
+            return self.forward(*args, **kwargs)
 
     def verdict(self, tensors: Sequence[Tensor], coded: Sequence[Tensor], rebuild: Rebuild, rest: Rest) -> Verdict:
         """Try this kind of call, once: the same arguments in kind, training flags, adapters and precision.
@@ -77,7 +83,7 @@ class Region:
 
     def values(self, rebuild: Rebuild, tensors: Sequence[Tensor]) -> tuple[list[Tensor], Rebuild]:
         """The tensors in what the module's own forward returns, and a function that puts others in their places."""
-        with self._lock:  # another thread may have aliases in the place of the parameters
+        with self._lock:
             found = self._run(rebuild, tensors)
         return found.tensors, found.rebuild
 
@@ -227,6 +233,8 @@ class Region:
             (whole,) = self._run(rebuild, tensors).tensors
             try:
                 (part,) = self._run(rebuild, [x.reshape(-1, x.shape[-1])[None, 1::2]]).tensors
+            except (MemoryError, torch.OutOfMemoryError):
+                raise
             except Exception:  # made for one number of tokens
                 return False
         if whole.shape[:-1] != x.shape[:-1]:

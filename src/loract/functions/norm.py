@@ -40,6 +40,8 @@ class NormRole:
     def statistics(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Rstd (N, 1) and, where the norm centres, mean (N, 1) of x (N, n), accumulated in fp32 or wider."""
         if self.centred:
+            if not len(x):  # of which var_mean warns
+                return promote(x[:, :1]), promote(x[:, :1])
             variance, mean = torch.var_mean(promote(x), dim=-1, keepdim=True, correction=0)
             return (variance + self.eps).rsqrt_(), mean
         return row_energies(x).div_(x.shape[-1]).add_(self.eps).rsqrt_()[:, None], None
