@@ -52,12 +52,22 @@ ACTIVATION_FEATURES = 1024
 
 
 class _Forward(Uncopied):
-    """A module's replaced forward."""
+    """A module's replaced forward. torch.compile leaves it out: it would trace once what is decided at each call."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self.__wrapped__ = function  # inspect.signature follows it
+        self._run = torch.compiler.disable(self._checked)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._run(*args, **kwargs)
+
+    def _checked(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.is_grad_enabled() and torch._C._functorch.peek_interpreter_stack() is not None:
+            raise LoractError(
+                "a torch.func transform (grad, vmap, jvp) of an attached model",
+                "ordinary autograd",
+                "call handle.detach() before the transform",
+            )
         return self.__wrapped__(*args, **kwargs)
 
 
@@ -67,6 +77,8 @@ class _AdapterCall:
 
     x: Tensor
     packed: Packed | None = None
+    begun: bool = False
+    """Whether one of its adapters has run: several may be active at once."""
 
 
 class Handle(Uncopied):
@@ -230,14 +242,20 @@ class Handle(Uncopied):
         def forward(x: Tensor) -> Tensor:
             if not torch.is_grad_enabled() or not a.weight.requires_grad:
                 return original(x)
-            site.begin(x.numel() * x.element_size())
-            stack = self._stack()
+            stack, size = self._stack(), x.numel() * x.element_size()
+            call = stack[-1] if stack else _AdapterCall(x)
             dropped = dropout.training and getattr(dropout, "p", 0.0) > 0
+            own = dropped or call.x.shape != x.shape
+            if not call.begun:
+                site.begin(size)
+            elif own:
+                site.stats.bytes_before += size
+            call.begun = True
             # Before PEFT's cast the tensor is the one that the other projections and the norm know.
-            if not stack or dropped or stack[-1].x.shape != x.shape:
+            if own:
                 return adapter_product(x, a.weight, site.share(x), original)
-            packed = stack[-1].packed = site.share(stack[-1].x)
-            return adapter_product(x, a.weight, packed, original)
+            call.packed = site.share(call.x)
+            return adapter_product(x, a.weight, call.packed, original)
 
         return forward
 

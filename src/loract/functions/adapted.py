@@ -14,11 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from loract.codecs.base import contract_dense
 from loract.cpu import product_dtype, unwidened
-from loract.functions.base import no_autocast
+from loract.functions.base import first_order, no_autocast
 from loract.linalg import promote
 
 
@@ -95,7 +94,7 @@ class _Adapted(Function):
         return y.reshape(*x.shape[:-1], len(merged))
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride] (the decorator hides the names)
         ctx: Any, grad: Tensor
     ) -> tuple[Tensor | None, ...]:
