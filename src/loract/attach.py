@@ -62,7 +62,7 @@ class _Forward(Uncopied):
         return self._run(*args, **kwargs)
 
     def _checked(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.is_grad_enabled() and torch._C._functorch.peek_interpreter_stack() is not None:
+        if torch.is_grad_enabled() and torch._C._are_functorch_transforms_active():
             raise LoractError(
                 "a torch.func transform (grad, vmap, jvp) of an attached model",
                 "ordinary autograd",
@@ -104,8 +104,12 @@ class Handle(Uncopied):
         self.left = list(found.left)
         setattr(self.model, _MARK, self)
         self._undo.append(lambda: delattr(self.model, _MARK))
+        regions = find_regions(self.model, found)
+        self._order = {id(module): place for place, module in enumerate(self.model.modules())}
+        blocks = [item.module for item in regions if item.site.kind == "layer"]
+        self._blocks = [(block, max(self._order[id(m)] for m in block.modules())) for block in blocks]
         # A region may be the module of another site too: it then runs that site's forward, so it comes last.
-        for item in (*found.sites, *find_regions(self.model, found)):
+        for item in (*found.sites, *regions):
             item = self._streamed(item)
             codec = self.policy.codec(item.site)
             if codec is None:
@@ -261,7 +265,7 @@ class Handle(Uncopied):
 
     def _patch_norm(self, item: Found, site: RunningSite) -> None:
         module, role = item.module, item.role
-        original = module.forward
+        original, readers = module.forward, self._readers(module)
         assert isinstance(role, NormRole)
 
         def forward(x: Tensor) -> Tensor:
@@ -271,9 +275,10 @@ class Handle(Uncopied):
             if not torch.is_grad_enabled():
                 return original(x)
             if site.site.kind == "stream" and not self.ledger.recomputing:
-                if not trains:
+                if trains:
+                    return self._stream_norm(x, weight, bias, site, role, original)
+                if any(p.requires_grad for block in readers for p in block.parameters()):
                     return self._stream_start(x, site, original)
-                return self._stream_norm(x, weight, bias, site, role, original)
             if not trains:  # autograd saves nothing for it; what its readers need they pack themselves
                 site.begin(0)
                 return original(x)
@@ -292,6 +297,11 @@ class Handle(Uncopied):
             return y
 
         self._set(module, "forward", forward)
+
+    def _readers(self, norm: nn.Module) -> list[nn.Module]:
+        """The blocks that may read what the norm begins: its own and those after it; all where there are none."""
+        later = [block for block, end in self._blocks if end > self._order[id(norm)]]
+        return later if self._blocks else [self.model]
 
     def _stream_norm(
         self, x: Tensor, weight: Tensor | None, bias: Tensor | None, site: RunningSite, role: NormRole, original: Any

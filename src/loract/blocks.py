@@ -89,9 +89,11 @@ def _sublayers(parent: nn.Module, roles: dict[int, Any]) -> Iterator[nn.Module]:
         elif features_of(child) is not None:
             if activated:
                 yield child
+        elif _experts(child):
+            yield child
         elif isinstance(child, (nn.ModuleList, nn.ModuleDict)) or _has_stream_norm(child) or _mixes(child):
             yield from _sublayers(child, roles)
-        elif _experts(child) or _linears(child):
+        elif _linears(child):
             yield child
 
 

@@ -20,7 +20,7 @@ from loract.attention import Blockwise
 from loract.codecs.base import Packed
 from loract.device import agree, generator, has_values, holds
 from loract.errors import LoractError
-from loract.functions.adapted import adapted_linear, in_place, merge, single_adapter
+from loract.functions.adapted import adapted_linear, adds_in_place, in_place, merge, single_adapter
 from loract.functions.base import Autocast
 from loract.functions.checkpoint import TOKENS, Again
 from loract.functions.linear import dense_weight, supplied_linear
@@ -161,6 +161,7 @@ class Region:
                 return original(x, *args, **kwargs)
             if routing is None:
                 plain = not torch.is_grad_enabled() and x.is_floating_point() and getattr(layer, _CASTS, True)
+                plain = plain and adds_in_place(layer)
                 return in_place(base(x), x, layer, adapter) if plain else original(x)
             weight = dense_weight(base)
             if weight is None or weight.requires_grad or self.index.factors(x) is not None:

@@ -27,8 +27,8 @@ def dense_weight(module: Any) -> Tensor | None:
 
 def _dense(module: Any) -> Tensor | None:
     # A weight of a class of its own (torchao's) multiplies in a way of its own.
-    own = type(module) is nn.Linear and not is_traceable_wrapper_subclass(module.weight)
-    return module.weight if own else None
+    weight: Tensor = module.weight
+    return weight if type(module) is nn.Linear and not is_traceable_wrapper_subclass(weight) else None
 
 
 def _four_bit(module: Any) -> Tensor | None:
