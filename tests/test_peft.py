@@ -28,8 +28,7 @@ IDS = tokens()
 
 
 def lora(targets=ALL, init=False, **options):
-    spec = peft.LoraConfig(r=4, target_modules=targets, init_lora_weights=init, task_type="CAUSAL_LM", **options)
-    return spec
+    return peft.LoraConfig(r=4, target_modules=targets, init_lora_weights=init, task_type="CAUSAL_LM", **options)
 
 
 def of(kind, **options):
@@ -48,8 +47,6 @@ class Case:
     """Sublayers that run again under `balanced`."""
     refused: str | None = None
     """Why the others do not."""
-    moved: float = 0.1
-    """By how much trained parameters are moved from where they start."""
 
 
 CASES = {
@@ -75,9 +72,7 @@ CASES = {
     ),
     "loha": Case(config=lambda: of("LoHa", r=4, init_weights=False)),
     "lokr": Case(config=lambda: of("LoKr", r=4, init_weights=False)),
-    "adalora": Case(
-        config=lambda: of("AdaLora", init_r=4, target_r=2, total_step=10, init_lora_weights=False), moved=0.01
-    ),
+    "adalora": Case(config=lambda: of("AdaLora", init_r=4, target_r=2, total_step=10)),
     "ia3": Case(
         config=lambda: of("IA3", target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"])
     ),
@@ -102,7 +97,7 @@ def adapted(case):
     draws = torch.Generator().manual_seed(3)
     for parameter in model.parameters():
         if parameter.requires_grad:
-            parameter.data += case.moved * torch.randn(parameter.shape, generator=draws)
+            parameter.data += 0.1 * torch.randn(parameter.shape, generator=draws)
     return model.train()
 
 
