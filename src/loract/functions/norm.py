@@ -15,11 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from loract.codecs.base import Memo, Packed, Recomputed, tokens_features, unbound
 from loract.cpu import unwidened
-from loract.functions.base import Autocast, Forward, load, no_autocast, save
+from loract.functions.base import Autocast, Forward, first_order, load, no_autocast, save
 from loract.linalg import promote, row_chunks, row_energies
 
 
@@ -140,7 +139,7 @@ class _Norm(Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride] (the decorator hides the names)
         ctx: Any, grad: Tensor
     ) -> tuple[Tensor | None, ...]:
