@@ -5,7 +5,7 @@ import yaml
 
 import loract
 from loract.audit import Audits
-from loract.config import TASKS, Compression, TrainConfig, load_config
+from loract.config import TASKS, Compression, Sharding, TrainConfig, load_config
 from loract.starters import STARTERS, starter
 from training import write_config
 
@@ -83,7 +83,11 @@ def test_every_key_is_documented():
     from pathlib import Path
 
     page = (Path(__file__).parent.parent / "docs" / "training.md").read_text()
-    missing = [key for key in (*TrainConfig.model_fields, *Compression.model_fields) if f"`{key}`" not in page]
+    missing = [
+        key
+        for key in (*TrainConfig.model_fields, *Compression.model_fields, *Sharding.model_fields)
+        if f"`{key}`" not in page
+    ]
     assert not missing
 
 
@@ -115,6 +119,14 @@ def test_every_key_is_documented():
         ({"model_type": "vit"}, "either model_name_or_path or model_type"),
         ({"load_in_4bit": True, "use_peft": False}, "needs adapters"),
         ({"packing": True, "packing_strategy": "bfd"}, "flash attention"),
+        ({"fsdp": "full_shard auto_wrap"}, "fsdp='full_shard auto_wrap'.*true or false.*fsdp_config"),
+        ({"fsdp": True, "fsdp_config": {"version": 1}}, "version=1.*2"),
+        ({"fsdp": True, "fsdp_config": {"reshard": False}}, "'fsdp_config.reshard'.*'reshard_after_forward'"),
+        ({"fsdp": True, "fsdp_config": {"state_dict_type": "SHARDED"}}, "did you mean 'SHARDED_STATE_DICT'"),
+        ({"fsdp": True, "fsdp_config": {"activation_checkpointing": True}}, "loract takes its place"),
+        ({"fsdp": True, "fsdp_config": "fsdp.json"}, "fsdp_config='fsdp.json'.*dictionary"),
+        ({"fsdp_config": {"reshard_after_forward": False}}, "needs fsdp: true"),
+        ({"fsdp": True, "load_in_4bit": True}, "load_in_4bit excludes fsdp"),
         ({"eval_dataset_name": "e", "val_set_size": 2}, "excludes val_set_size"),
     ],
 )

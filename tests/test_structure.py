@@ -22,6 +22,7 @@ ORDER = [
     "policy",
     "functions",
     "saved",
+    "sharding",
     "stream",
     "others",
     "attention",

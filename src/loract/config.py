@@ -121,6 +121,30 @@ class Compression(_Block):
         return None
 
 
+class Sharding(_Block):
+    """The block `fsdp_config` (names of transformers): how FSDP2 spreads a model over processes."""
+
+    version: Literal[2] = 2
+    reshard_after_forward: bool = True
+    """Give a layer's weights back between its forward and its backward; false takes more memory and sends less."""
+    transformer_layer_cls_to_wrap: list[str] | None = None
+    """Classes of the layers that are gathered one at a time. Default: what the model names itself."""
+    state_dict_type: Literal["FULL_STATE_DICT", "SHARDED_STATE_DICT"] = "FULL_STATE_DICT"
+    """Checkpoints in one piece, or each process its part."""
+    activation_checkpointing: bool = False
+
+    @field_validator("activation_checkpointing")
+    @classmethod
+    def _no_checkpointing(cls, value: bool) -> bool:
+        return _not_checkpointed(value)
+
+
+def _not_checkpointed(value: bool) -> bool:
+    if value:
+        raise ValueError("loract takes its place: use activation_compression: {preset: sublayer, exact: true}")
+    return value
+
+
 class ModelOptions(_Block):
     """The model and its adapters (names of TRL's ModelConfig)."""
 
@@ -205,13 +229,21 @@ class TrainingOptions(_Block):
     report_to: list[Literal["tensorboard", "none"]] = ["tensorboard"]
     dataloader_num_workers: Annotated[int, Field(ge=0)] = 0
     ddp_find_unused_parameters: bool = False
+    fsdp: bool = False
+    """Spread weights, gradients and the optimizer's state over the processes (FSDP2)."""
+    fsdp_config: Sharding = Sharding()
     gradient_checkpointing: bool = False
 
     @field_validator("gradient_checkpointing")
     @classmethod
     def _no_checkpointing(cls, value: bool) -> bool:
-        if value:
-            raise ValueError("loract takes its place: use activation_compression: {preset: sublayer, exact: true}")
+        return _not_checkpointed(value)
+
+    @field_validator("fsdp", mode="before")
+    @classmethod
+    def _yes_or_no(cls, value: object) -> object:
+        if isinstance(value, (str, list)):
+            raise ValueError("is true or false: what used to be options is in the block fsdp_config")
         return value
 
     @field_validator("report_to", mode="before")
@@ -233,6 +265,10 @@ class TrainConfig(TrainingOptions, DataOptions, ModelOptions):
             raise ValueError("model_type trains from scratch: set use_peft: false")
         if self.load_in_4bit and not self.use_peft:
             raise ValueError("load_in_4bit needs adapters: set use_peft: true")
+        if self.load_in_4bit and self.fsdp:
+            raise ValueError("load_in_4bit excludes fsdp: weights of four bits are not sharded")
+        if self.fsdp_config != Sharding() and not self.fsdp:
+            raise ValueError("fsdp_config needs fsdp: true")
         if self.bf16 and self.fp16:
             raise ValueError("bf16 and fp16 exclude each other")
         if self.packing_strategy != "wrapped" and self.packing and not self.attn_implementation.startswith("flash"):
@@ -325,7 +361,7 @@ def _explained(error: ValidationError) -> LoractError:
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     if first["type"] == "extra_forbidden":
         block, name = first["loc"][:-1], str(first["loc"][-1])
-        fields = Compression.model_fields if block else TrainConfig.model_fields
+        fields = (_BLOCKS[block[0]] if block else TrainConfig).model_fields
         return InvalidSpec(f"unknown key {where!r}{more}", "a key of the configuration", nearest(name, fields))
     if first["type"] == "missing":
         return InvalidSpec(f"no key {where!r}{more}", "this key, which has no default", f"add a line `{where}: ...`")
@@ -340,3 +376,6 @@ def _explained(error: ValidationError) -> LoractError:
     if not where:
         return InvalidSpec(f"keys that do not fit{more}", message, "correct the configuration")
     return InvalidSpec(f"{where}={first['input']!r}{more}", message[0].lower() + message[1:], "correct this value")
+
+
+_BLOCKS: dict[str | int, type[_Block]] = {"activation_compression": Compression, "fsdp_config": Sharding}

@@ -24,6 +24,7 @@ from loract.functions.base import Autocast
 from loract.functions.checkpoint import TOKENS, Again
 from loract.functions.linear import dense_weight, supplied_linear
 from loract.saved import Index, Ledger
+from loract.sharding import is_unit
 from loract.watch import Mixing, Watch
 
 
@@ -165,6 +166,8 @@ class Region:
     def _observed(self) -> str | None:
         """Why this call may not run without a graph: somebody records values inside, whose gradient would be lost."""
         for module in self.inner:
+            if is_unit(module):  # its weights are gone when its part has run, in the second run too
+                return f"parts of it are sharded by themselves ({type(module).__name__}): shard whole blocks"
             if any(not _dormant(hook) for hook in module._forward_hooks.values()):
                 return f"values inside are recorded ({type(module).__name__} has a forward hook)"
         return None
