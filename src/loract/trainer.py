@@ -13,6 +13,7 @@ import torch
 from accelerate import DistributedType, FullyShardedDataParallelPlugin
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import CPUOffloadPolicy
 from transformers import DataCollatorWithPadding, PrinterCallback, Trainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from trl.trainer.sft_trainer import SFTTrainer
@@ -58,9 +59,24 @@ class RunTrainer(Trainer):
         return next((log for log in logs if "eval_loss" in log and log["step"] == self.state.global_step), {})
 
     def create_accelerator_and_postprocess(self) -> None:
-        """Shard on CPUs too."""
+        """Shard on CPUs too, and refuse what accelerate's own configuration may ask for and loract cannot.
+
+        Raises:
+            LoractError: FSDP1, weights offloaded to the CPU, or checkpointing.
+        """
         super().create_accelerator_and_postprocess()
         shard_on_cpus(self)
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if plugin is None:
+            return
+        offloads = isinstance(plugin.cpu_offload, CPUOffloadPolicy)
+        for wrong, got, right in (
+            (plugin.fsdp_version != 2, "FSDP1", "fsdp_version: 2"),
+            (offloads, "weights offloaded to the CPU", "fsdp_offload_params: false"),
+            (plugin.activation_checkpointing, "activation checkpointing", "fsdp_activation_checkpointing: false"),
+        ):
+            if wrong:
+                raise LoractError(f"{got} in accelerate's configuration", "FSDP2 and nothing but FSDP2", f"set {right}")
 
     # Saving
 
