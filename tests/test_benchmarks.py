@@ -27,6 +27,7 @@ def script(name):
 
 
 training, codecs, rounding, estimates = (script(name) for name in ("training", "codecs", "rounding", "estimates"))
+budgets, full = script("budgets"), script("full")
 
 
 def characters(text, **_):
@@ -276,3 +277,41 @@ def test_estimates_are_set_beside_measurements(tmp_path, capsys):
     assert all(row["values"]["saved_estimate"] > 0 for row in found)
     estimates.main(arguments, unneeded, (case,))
     assert "all" in (tmp_path / "table.md").read_text()
+
+
+def test_plans_keep_their_budgets(tmp_path, capsys):
+    budgets.main(("--batch", "2", "--length", "32", "--budgets", "4", "--out", str(tmp_path)), lambda _: work())
+    found = lines(tmp_path)
+    sizes = [row["budget"] for row in found]
+    assert len(sizes) == 4
+    assert sizes == sorted(set(sizes))
+    assert sizes[1] / sizes[0] == pytest.approx(sizes[3] / sizes[2], rel=1e-3)
+    assert all(row["kept"] and row["peak"] <= row["budget"] for row in found)
+    errors = [0.0 if row["lossless"] else row["relative_error"] for row in found]
+    assert errors == sorted(errors, reverse=True)
+    assert found[-1]["lossless"]
+    assert (tmp_path / "table.md").read_text().strip() in capsys.readouterr().out
+
+
+def test_every_weight_trains_in_less_memory(tmp_path, capsys):
+    def load(study, adapters):
+        found = work(length=study.length, train=study.steps, held_out=study.held_out)
+        return found if adapters else full.whole(found)
+
+    chosen = ["AdamW", "projected, balanced", "LoRA"]
+    arguments = ("--steps", "5", "--length", "32", "--held-out", "2", "--methods", *chosen, "--out", str(tmp_path))
+    full.main(arguments, load)
+    rows = lines(tmp_path)
+    assert [(row["method"], row["rate"]) for row in rows] == [
+        (method.name, rate) for method in full.METHODS if method.name in chosen for rate in method.rates
+    ]
+    by_name = {row["method"]: row["values"] for row in rows}
+    weights = by_name["AdamW"]["weight_bytes"]
+    assert by_name["AdamW"]["state_bytes"] == pytest.approx(2 * weights, rel=0.01)
+    assert by_name["projected, balanced"]["state_bytes"] < by_name["AdamW"]["state_bytes"] / 3
+    assert by_name["projected, balanced"]["peak_bytes"] < by_name["AdamW"]["peak_bytes"]
+    assert all(len(row["values"]["losses"]) == 5 for row in rows)
+    full.main(arguments, unneeded)
+    assert (tmp_path / "table.md").read_text().strip() in capsys.readouterr().out
+    with pytest.raises(InvalidSpec, match="did you mean 'AdamW'"):
+        full.main(("--methods", "Adam"), load)

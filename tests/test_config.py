@@ -5,7 +5,7 @@ import yaml
 
 import loract
 from loract.audit import Audits
-from loract.config import TASKS, Compression, Sharding, TrainConfig, load_config
+from loract.config import TASKS, Compression, GradientCompression, Sharding, TrainConfig, load_config
 from loract.starters import STARTERS, starter
 from training import write_config
 
@@ -85,7 +85,8 @@ def test_every_key_is_documented():
     page = (Path(__file__).parent.parent / "docs" / "training.md").read_text()
     missing = [
         key
-        for key in (*TrainConfig.model_fields, *Compression.model_fields, *Sharding.model_fields)
+        for block in (TrainConfig, Compression, GradientCompression, Sharding)
+        for key in block.model_fields
         if f"`{key}`" not in page
     ]
     assert not missing
@@ -127,6 +128,10 @@ def test_every_key_is_documented():
         ({"fsdp": True, "fsdp_config": "fsdp.json"}, "fsdp_config='fsdp.json'.*dictionary"),
         ({"fsdp_config": {"reshard_after_forward": False}}, "needs fsdp: true"),
         ({"fsdp": True, "load_in_4bit": True}, "load_in_4bit excludes fsdp"),
+        (
+            {"fsdp": True, "use_peft": False, "gradient_compression": {"method": "powersgd"}},
+            "gradient_compression powersgd excludes fsdp",
+        ),
         ({"eval_dataset_name": "e", "val_set_size": 2}, "excludes val_set_size"),
     ],
 )

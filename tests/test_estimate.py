@@ -11,6 +11,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 import loract
+from loract.budget import partly_again
 from loract.cli.app import app
 from loract.cli.estimate import METHODS
 from loract.codecs import Exact
@@ -160,14 +161,25 @@ def test_shapes_can_be_run(name):
 @pytest.mark.parametrize("family", ["llama", "gemma3", "vit"])
 @pytest.mark.parametrize("variant", [VARIANTS[0], VARIANTS[1], Variant(name="b", policy=preset("balanced"))])
 def test_depth_is_extrapolated_exactly(family, variant):
-    found = SMALL[family]
+    deeper = {"num_hidden_layers": 9}
     if family == "gemma3":  # its kinds of layers alternate
-        deeper = GEMMA | {"num_hidden_layers": 8, "layer_types": GEMMA["layer_types"] * 2}
-        found = replace(found, config=deeper)
+        kinds = GEMMA["layer_types"][:2] * 5
+        deeper = {"layer_types": kinds[:9]} | deeper
+    found = replace(SMALL[family], config=SMALL[family].config | deeper)
     setup = Setup(shape=found, batch=2, length=128, lora_rank=4)
     depths = Depths(setup)
-    assert depths.shallow == ((4, 6) if family == "gemma3" else (2, 3))
-    assert depths.peak(variant, 2, 128) == pytest.approx(estimate(setup, variant).peak_bytes, rel=0.005)
+    assert depths.shallow == ((3, 5) if family == "gemma3" else (2, 3))
+    ours, whole = depths.measure(variant), estimate(setup, variant)
+    for name in ("weights_bytes", "trained_bytes", "optimiser_bytes", "gradients_bytes", "saved_bytes", "step_bytes"):
+        assert getattr(ours, name) == pytest.approx(getattr(whole, name), rel=1e-4), name
+
+
+def test_a_policy_that_names_layers_is_run_at_its_depth():
+    found = replace(SMALL["llama"], config=SMALL["llama"].config | {"num_hidden_layers": 8})
+    setup = Setup(shape=found, batch=2, length=128, lora_rank=4)
+    policy = partly_again(0, 7)[0]
+    variant = Variant(name="some", policy=policy)
+    assert Depths(setup).measure(variant) == estimate(setup, variant)
 
 
 def test_room_is_what_fits_and_one_more_does_not():

@@ -84,14 +84,14 @@ def restored(model: nn.Module) -> Generator[None]:
 def gradients(model: nn.Module, batch: Any, loss: Loss) -> tuple[float, dict[str, Tensor]]:
     """Value and parameter gradients of `loss(model, batch)` under the present random state, which is put back.
 
-    Leaves the gradients in `.grad`.
+    Leaves the gradients in `.grad`. An optimiser that would take them during backward is not told of them.
 
     Raises:
         UnsupportedModule: no parameter receives a gradient.
     """
     devices = sorted({p.device.index for p in model.parameters() if p.is_cuda})
     model.zero_grad(set_to_none=True)
-    with torch.random.fork_rng(devices=devices), torch.enable_grad():
+    with torch.random.fork_rng(devices=devices), torch.enable_grad(), _unwatched(model):
         value = loss(model, batch)
         if value.requires_grad:
             value.backward()
@@ -101,6 +101,21 @@ def gradients(model: nn.Module, batch: Any, loss: Loss) -> tuple[float, dict[str
             "a loss that reaches no parameter", "trainable parameters", "unfreeze some, or add adapters"
         )
     return float(value.detach()), found
+
+
+@contextmanager
+def _unwatched(model: nn.Module) -> Generator[None]:
+    """Without the hooks that parameters run when a gradient is complete (`register_post_accumulate_grad_hook`)."""
+    parameters: list[Any] = list(model.parameters())
+    watched = [p._post_accumulate_grad_hooks for p in parameters if p._post_accumulate_grad_hooks]
+    kept = [dict(hooks) for hooks in watched]
+    try:
+        for hooks in watched:  # the dictionaries themselves: autograd has its own reference to them
+            hooks.clear()
+        yield
+    finally:
+        for hooks, before in zip(watched, kept, strict=True):
+            hooks.update(before)
 
 
 def default_loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:

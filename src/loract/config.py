@@ -12,7 +12,9 @@ from typing import Annotated, Any, Literal, get_args
 from loract.audit import Audits, OnExcess
 from loract.errors import InvalidSpec, LoractError, MissingExtra, nearest
 from loract.memory import parse_bytes
-from loract.policy import DEFAULT, Policy, parse_policy
+from loract.optim import Projection
+from loract.policy import DEFAULT, Policy, parse_policy, parse_rank
+from loract.rangefinder import Gaussian, RangeFinder, Sampled, Truncated
 
 try:
     import yaml
@@ -119,6 +121,58 @@ class Compression(_Block):
             name = "soft_limit" if self.memory_budget is None else "memory_budget"
             raise InvalidSpec(f"preset none with {name}", "a preset with smaller ones", "choose another preset")
         return None
+
+
+class GradientCompression(_Block):
+    """The block `gradient_compression`, for weights that are trained in full."""
+
+    method: Literal["none", "projected", "powersgd"] = "none"
+    """`projected`: gradients and the optimiser's moments in a subspace. `powersgd`: what DDP sends, at low rank."""
+    rank: int | float | str | None = None
+    """Columns kept (int), or for `projected` a share of a matrix' shorter side (0.25, 1/4). Default 1/4, and 4."""
+    energy: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """For `projected`: no more columns than hold this share of the gradient's energy."""
+    refresh: Count = 100
+    """For `projected`: updates between two subspaces."""
+    projector: Literal["sampled", "gaussian", "svd"] = "sampled"
+    """For `projected`: LoRAct's decomposition, the randomised SVD, or the exact one."""
+    bits: Literal[8, 32] = 8
+    """For `projected`: of the moments."""
+    scale: Positive = 1.0
+    """For `projected`: factor of the step."""
+
+    @model_validator(mode="after")
+    def _of_the_method(self) -> GradientCompression:
+        others = self.model_fields_set - {"method", "rank"}
+        if self.method == "none" and self.model_fields_set - {"method"}:
+            raise InvalidSpec(
+                "gradient_compression without a method", "method: projected or powersgd", "add the method"
+            )
+        if self.method == "powersgd" and others:
+            raise InvalidSpec(f"{min(others)} with method powersgd", "a rank alone", f"drop {min(others)}")
+        if self.method == "powersgd" and not (isinstance(rank := self.parsed_rank(), int) and rank >= 1):
+            raise InvalidSpec(f"rank={self.rank!r} with method powersgd", "a number of columns", "try rank: 4")
+        if self.method == "projected":
+            self.projection()
+        return self
+
+    def parsed_rank(self) -> int | float:
+        """`rank` as a number."""
+        if self.rank is None:
+            return 0.25 if self.method == "projected" else 4
+        return parse_rank(self.rank) if isinstance(self.rank, str) else self.rank
+
+    def projection(self) -> Projection:
+        """What `projected` means."""
+        finders: dict[str, RangeFinder] = {"sampled": Sampled(), "gaussian": Gaussian(), "svd": Truncated()}
+        return Projection(
+            rank=self.parsed_rank(),
+            energy=self.energy,
+            refresh=self.refresh,
+            finder=finders[self.projector],
+            bits=self.bits,
+            scale=self.scale,
+        )
 
 
 class Sharding(_Block):
@@ -256,6 +310,7 @@ class TrainConfig(TrainingOptions, DataOptions, ModelOptions):
     """All of it."""
 
     activation_compression: Compression = Compression()
+    gradient_compression: GradientCompression = GradientCompression()
 
     @model_validator(mode="after")
     def _consistent(self) -> TrainConfig:
@@ -265,10 +320,17 @@ class TrainConfig(TrainingOptions, DataOptions, ModelOptions):
             raise ValueError("model_type trains from scratch: set use_peft: false")
         if self.load_in_4bit and not self.use_peft:
             raise ValueError("load_in_4bit needs adapters: set use_peft: true")
-        if self.load_in_4bit and self.fsdp:
-            raise ValueError("load_in_4bit excludes fsdp: weights of four bits are not sharded")
+        if self.fsdp and (reason := self.unsharded()):
+            raise ValueError(reason)
         if self.fsdp_config != Sharding() and not self.fsdp:
             raise ValueError("fsdp_config needs fsdp: true")
+        method = self.gradient_compression.method
+        if method != "none" and self.use_peft:
+            raise ValueError(f"adapters' gradients are small already, {method} does not pay there: set use_peft: false")
+        if method == "projected" and "optim" in self.model_fields_set:
+            raise ValueError("gradient_compression projected is an optimiser (AdamW): drop optim")
+        if method == "projected" and self.fp16:
+            raise ValueError("fp16 scales gradients, which gradient_compression projected does not undo: use bf16")
         if self.bf16 and self.fp16:
             raise ValueError("bf16 and fp16 exclude each other")
         if self.packing_strategy != "wrapped" and self.packing and not self.attn_implementation.startswith("flash"):
@@ -281,6 +343,14 @@ class TrainConfig(TrainingOptions, DataOptions, ModelOptions):
         if self.dataset_test_split is not None and self.val_set_size:
             raise ValueError("dataset_test_split excludes val_set_size")
         return self
+
+    def unsharded(self) -> str | None:
+        """Why this run cannot be sharded (FSDP2); None: it can."""
+        if self.load_in_4bit:
+            return "load_in_4bit excludes fsdp: weights of four bits are not sharded"
+        if (method := self.gradient_compression.method) != "none":
+            return f"gradient_compression {method} excludes fsdp: it works on whole gradients"
+        return None
 
     def yaml(self) -> str:
         """The resolved configuration, every key written out."""
@@ -378,4 +448,8 @@ def _explained(error: ValidationError) -> LoractError:
     return InvalidSpec(f"{where}={first['input']!r}{more}", message[0].lower() + message[1:], "correct this value")
 
 
-_BLOCKS: dict[str | int, type[_Block]] = {"activation_compression": Compression, "fsdp_config": Sharding}
+_BLOCKS: dict[str | int, type[_Block]] = {
+    "activation_compression": Compression,
+    "gradient_compression": GradientCompression,
+    "fsdp_config": Sharding,
+}

@@ -257,10 +257,10 @@ class Room:
 
 
 class Depths:
-    """The same for many batches and lengths: two shallow models, and the rest of the layers by proportion.
+    """The same for any batch and length; deep models by two shallow ones, and the rest of the layers by proportion.
 
-    Layers repeat after a period, and from the third on each adds as many bytes as the one before. Bytes grow in
-    proportion to the batch, and with the length at most as its square, where there are masks.
+    Layers repeat after a period, and each period adds as many bytes as the one before. Bytes grow in proportion to the
+    batch, and with the length at most as its square, where there are masks.
     """
 
     def __init__(self, setup: Setup) -> None:
@@ -269,17 +269,36 @@ class Depths:
         self.config = architecture(setup.shape)
         self.layers = int(self.config.num_hidden_layers)
         period = _period(self.config)
-        self.shallow = (2 * period, 3 * period) if self.layers > 3 * period else (self.layers, self.layers)
+        least = max(2, period)
+        first = least + (self.layers - least) % period
+        deep = 2 * first + period < self.layers
+        self.shallow = (first, first + period) if deep else (self.layers, self.layers)
         self._ghosts: dict[tuple[int, int, int], Ghost] = {}
+
+    def measure(self, variant: Variant, batch: int | None = None, length: int | None = None) -> Estimate:
+        """As `Ghost.measure`, for the setup's batch and length unless others are given.
+
+        Raises:
+            LoractError: an operator needs values.
+        """
+        size = batch or self.setup.batch, length or self.setup.length
+        rules = () if variant.policy is None else variant.policy.rules
+        alike = all(rule.layers is None and rule.name == "*" for rule in rules)
+        first, second = self.shallow if alike else (self.layers, self.layers)
+        one = self._ghost(*size, first).measure(variant)
+        if first == second:
+            return one
+        two = self._ghost(*size, second).measure(variant)
+        values = {
+            name: value + (getattr(two, name) - value) * (self.layers - first) // (second - first)
+            for name, value in vars(one).items()
+            if name != "name"
+        }
+        return Estimate(name=one.name, **values)
 
     def peak(self, variant: Variant, batch: int, length: int) -> int:
         """Peak bytes of a step, all included."""
-        first, second = self.shallow
-        one = self._ghost(batch, length, first).measure(variant).peak_bytes
-        if first == second:
-            return one
-        two = self._ghost(batch, length, second).measure(variant).peak_bytes
-        return one + (two - one) * (self.layers - first) // (second - first)
+        return self.measure(variant, batch, length).peak_bytes
 
     def room(self, variant: Variant, budgets: Sequence[int]) -> list[Room]:
         """For each budget in bytes the largest batch of this length, and the longest sequence in this batch."""

@@ -131,6 +131,8 @@ def train(
     finally:
         if compression is not None:
             compression.detach()
+        if (projected := trainer.projected()) is not None:
+            projected.close()
     finished = done or trainer.state.global_step >= trainer.state.max_steps
     output = "adapter" if config.use_peft else "model"
     if finished:
@@ -231,6 +233,7 @@ class _Follow(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.carry_on()
+        self.trainer.compress_gradients()
         self.trainer.dry_run()
         self._since = (state.global_step, time.perf_counter())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -20,9 +21,11 @@ from trl.trainer.sft_trainer import SFTTrainer
 
 from loract.budget import left
 from loract.config import Task, TrainConfig
+from loract.ddp import power_sgd
 from loract.errors import LoractError
 from loract.hf import LoractCallback
 from loract.ladder import Moments, SoftLimit, SoftLimited, longest, out_of_memory, release, smaller, told
+from loract.optim import ProjectedAdamW
 from loract.runs import Run
 from loract.tasks import Ready, trainer_arguments
 from loract.weights import quiet
@@ -46,7 +49,13 @@ class RunTrainer(Trainer):
     _moments: Moments | None = None
 
     def setup(self, run: Run, compression: LoractCallback | None, start: Path | None, config: TrainConfig) -> None:
-        """Tell it about its run, before training."""
+        """Tell it about its run, before training.
+
+        Raises:
+            LoractError: accelerate shards a run that cannot be sharded.
+        """
+        if self.is_fsdp_enabled and (reason := config.unsharded()):
+            raise LoractError(reason, "DDP for this run", "launch it with torchrun, or accelerate launch --multi_gpu")
         self.run, self.compression, self.start, self.config = run, compression, start, config
         self.step_seconds: list[float] = []
         self._limit = config.activation_compression.limit()
@@ -125,6 +134,31 @@ class RunTrainer(Trainer):
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """None: PEFT writes one into the adapter's folder."""
+
+    # The optimiser
+
+    def projected(self) -> ProjectedAdamW | None:
+        """The optimiser that `gradient_compression` names, out of accelerate's wrapper."""
+        optimiser: Any = getattr(self.optimizer, "optimizer", self.optimizer)
+        return optimiser if isinstance(optimiser, ProjectedAdamW) else None
+
+    def compress_gradients(self) -> None:
+        """What `gradient_compression: {method: powersgd}` asks for, once the model is wrapped."""
+        block = self.config.gradient_compression
+        if block.method == "powersgd" and self.args.world_size > 1:
+            assert self.model_wrapped is not None
+            power_sgd(self.model_wrapped, int(block.parsed_rank()))
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        projected = self.projected()
+        return (
+            super()._clip_grad_norm(model) if projected is None else projected.clip_grad_norm_(self.args.max_grad_norm)
+        )
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        if grad_norm is None and (projected := self.projected()) is not None:
+            grad_norm = projected.clip_grad_norm_(math.inf)
+        return super()._get_grad_norm(model, grad_norm)
 
     # What a resumed run has to know
 
@@ -290,6 +324,8 @@ class _Before:
 
     def __init__(self, trainer: RunTrainer, compression: LoractCallback, moments: Moments) -> None:
         self.policy, self.waiting = compression.policy, compression.waiting
+        projected = trainer.projected()
+        self._optimiser = None if projected is None else projected.snapshot()
         self._trainer, self._moment = trainer, moments.now()
         self._sums = {name: list(values) for name, values in trainer._sums().items()}
         self._counters = {name: getattr(trainer, name) for name in _CARRIED if hasattr(trainer, name)}
@@ -297,6 +333,8 @@ class _Before:
     def restore(self) -> None:
         """Undo the micro-batch, and what the trainer has counted of it."""
         self._moment.restore()
+        if self._optimiser is not None:
+            self._optimiser()
         sums = self._trainer._sums()
         sums.clear()
         sums.update({name: list(values) for name, values in self._sums.items()})
@@ -333,10 +371,13 @@ def make_trainer(ready: Ready, model: Any) -> Any:
         options = {"data_collator": DataCollatorWithPadding(ready.processor), "compute_metrics": accuracy}
     elif config.task == "image-classification":
         options = {"data_collator": stack_images, "compute_metrics": accuracy}
+    arguments = trainer_arguments(ready)
+    if config.gradient_compression.method == "projected":
+        options["optimizer_cls_and_kwargs"] = projected_adamw(config, arguments)
     with quiet():
         trainer = kind(
             model=model,
-            args=trainer_arguments(ready),
+            args=arguments,
             train_dataset=ready.train,
             eval_dataset=ready.test,
             processing_class=ready.processor,
@@ -344,6 +385,20 @@ def make_trainer(ready: Ready, model: Any) -> Any:
         )
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+def projected_adamw(config: TrainConfig, arguments: Any) -> tuple[type[ProjectedAdamW], dict[str, Any]]:
+    """The optimiser and its options."""
+    options: dict[str, Any] = {
+        "lr": config.learning_rate,
+        "betas": (config.adam_beta1, config.adam_beta2),
+        "eps": config.adam_epsilon,
+        "projection": config.gradient_compression.projection(),
+        "seed": config.seed,
+    }
+    if arguments.world_size == 1:
+        options["during_backward"] = True  # with several, gradients are averaged first
+    return ProjectedAdamW, options
 
 
 def accuracy(prediction: Any) -> dict[str, float]:

@@ -22,7 +22,6 @@ from loract.estimate import (
     Depths,
     Device,
     Estimate,
-    Ghost,
     NeedsValues,
     Room,
     Setup,
@@ -95,12 +94,11 @@ def estimate(
 def _run(
     setup: Setup, methods: tuple[Variant, ...], tick: Ticker, limits: bool
 ) -> tuple[list[Estimate], dict[str, list[Room]]]:
-    ghost, found = Ghost(setup), list[Estimate]()
+    depths, found = Depths(setup), list[Estimate]()
     for variant in methods:
         tick(f"running {variant.name}")
-        found.append(ghost.measure(variant))
+        found.append(depths.measure(variant))
     rooms: dict[str, list[Room]] = {}
-    depths = Depths(setup)
     for variant in methods if limits else ():
         tick(f"what fits with {variant.name}")
         rooms[variant.name] = depths.room(variant, [usable(gib) for gib in CARDS.values()])

@@ -17,7 +17,7 @@ from loract.cli.common import GEMMA, Model, console, model_folder, parse_dtype, 
 from loract.compare import Ticker, Variant
 from loract.cpu import fast_bf16
 from loract.errors import InvalidSpec
-from loract.estimate import GIB, Ghost, Setup
+from loract.estimate import GIB, Depths, Setup
 from loract.memory import MIB, parse_bytes
 from loract.policy import Policy
 from loract.policyfile import describe, save_policy
@@ -92,11 +92,11 @@ def _estimated(setup: Setup, budget: int, out: Path | None, as_json: bool) -> No
     """The first policy whose estimated peak is within the budget."""
     policies = candidates(int(architecture(setup.shape).num_hidden_layers))
     with progress_bar() as progress:
-        tick, ghost = Ticker(progress, len(policies) + 1), Ghost(setup)
+        tick, depths = Ticker(progress, len(policies) + 1), Depths(setup)
 
         def peak(policy: Policy) -> int:
             tick(f"estimating {policy.name}")
-            return ghost.measure(Variant(name=policy.name, policy=policy)).peak_bytes
+            return depths.measure(Variant(name=policy.name, policy=policy)).peak_bytes
 
         chosen, seen = first_that_fits(policies, peak, budget)
     if out is not None:
