@@ -288,6 +288,42 @@ def test_sparse_gradients_are_refused():
         optimiser.step()
 
 
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.table = nn.Embedding(40, 12)
+
+    def forward(self, ids, head=None):
+        weight = self.table.weight if head is None else head
+        return self.table(ids).tanh() @ weight.T
+
+
+@pytest.mark.parametrize("alone", [True, False], ids=["apart", "together"])
+def test_uses_apart_add_up(alone):
+    """A projection of a sum is the sum of projections, of any basis: here the first use's, which holds all."""
+    losses = []
+    for apart in (alone, False):
+        net = Tied()
+        projection = Projection(rank=11, finder=Truncated(), bits=32)
+        with ProjectedAdamW(net.parameters(), lr=1e-3, projection=projection, during_backward=True) as optimiser:
+            for index in range(4):
+                ids = torch.arange(index, index + 9)
+                net(ids, optimiser.apart(net.table.weight) if apart else None).square().mean().backward()
+                assert net.table.weight.grad is None
+                optimiser.step()
+                losses.append(net(torch.arange(40)).square().mean().item())
+    assert losses[:4] == pytest.approx(losses[4:], rel=2e-3)
+
+
+def test_apart_is_the_parameter_where_nothing_is_projected():
+    net = Tied()
+    optimiser = ProjectedAdamW(net.parameters(), projection=Projection(rank=4))
+    assert optimiser.apart(net.table.weight) is net.table.weight
+    with ProjectedAdamW(net.parameters(), projection=Projection(rank=12), during_backward=True) as optimiser:
+        assert optimiser.apart(net.table.weight) is net.table.weight
+
+
 def test_a_backward_that_failed_leaves_no_trace():
     found = []
     for failing in (False, True):

@@ -293,6 +293,15 @@ def test_a_summary_from_before_a_resume_does_not_count(tmp_path):
     assert "9.75" not in text
 
 
+def test_a_run_that_was_short_of_memory_says_so(tmp_path):
+    folder = fabricate(tmp_path / "run", steps=8)
+    known = {"steps": 8, "finished": True, "rung": 1, "policy": "balanced"}
+    (folder / "summary.json").write_text(json.dumps(known))
+    assert "<dt>Memory was short</dt><dd>went on with balanced</dd>" in write_report(folder).read_text(encoding="utf-8")
+    (folder / "summary.json").write_text(json.dumps(known | {"rung": 0}))
+    assert "Memory was short" not in write_report(folder).read_text(encoding="utf-8")
+
+
 def test_a_stopped_run_says_so(tmp_path):
     folder = fabricate(tmp_path / "run", steps=8)
     (folder / "summary.json").write_text(json.dumps({"steps": 8, "finished": False}))

@@ -19,6 +19,7 @@ ORDER = [
     "bounds",
     "rangefinder",
     "moments",
+    "head",
     "optim",
     "ddp",
     "codecs",

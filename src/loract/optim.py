@@ -15,6 +15,8 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 from torch.optim import Optimizer
 
 from loract.errors import InvalidSpec, UnsupportedModule
@@ -149,6 +151,16 @@ class ProjectedAdamW(Optimizer):
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def apart(self, parameter: Tensor) -> Tensor:
+        """The parameter, for one of its several uses: the gradient of this use is projected by itself.
+
+        Autograd adds the gradients of all uses before any hook sees them; of an embedding that is the head too, these
+        are two matrices of the vocabulary's size and their sum. Call it where the parameter is used and not before:
+        autograd goes back in the order in which nodes were made. Without `during_backward` it is the parameter.
+        """
+        projected = parameter in self._places and self.projection.columns(parameter.shape) is not None
+        return cast(Tensor, _Apart.apply(parameter, self)) if self._hooks and projected else parameter
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update of every parameter that has a gradient, or a projection waiting."""
@@ -200,11 +212,11 @@ class ProjectedAdamW(Optimizer):
 
     def snapshot(self) -> Callable[[], None]:
         """What puts back all that a backward pass changes here: for one that fails and is tried again."""
-        waiting = dict(self._waiting)
+        waiting = {parameter: tensor.clone() for parameter, tensor in self._waiting.items()}
         states = {parameter: dict(self.state[parameter]) for parameter in self.state}
 
         def restore() -> None:
-            self._waiting = dict(waiting)
+            self._waiting = waiting
             self.state.clear()
             self.state.update({parameter: dict(state) for parameter, state in states.items()})
 
@@ -227,25 +239,28 @@ class ProjectedAdamW(Optimizer):
     @torch.no_grad()
     def _collect(self, parameter: Tensor) -> None:
         """Project the parameter's gradient, add it to what is waiting, and free it."""
-        columns = self.projection.columns(parameter.shape)
-        gradient = parameter.grad
-        if columns is None or gradient is None:
-            return
+        if parameter.grad is not None and self.projection.columns(parameter.shape) is not None:
+            self._add(parameter, parameter.grad)
+            parameter.grad = None
+
+    def _add(self, parameter: Tensor, gradient: Tensor) -> None:
+        """Add the projection of a gradient to what is waiting."""
         if gradient.is_sparse:
             raise UnsupportedModule("a sparse gradient", "a dense one", "use sparse=False, or project: False")
         state, tall = self.state[parameter], _tall(gradient)
-        if parameter not in self._waiting and state.get("step", 0) % self.projection.refresh == 0:
-            self._refresh(parameter, state, tall, columns)
-        basis = state["basis"]
-        projected = torch.empty(len(tall), basis.shape[1], dtype=basis.dtype, device=basis.device)
+        if parameter not in self._waiting:
+            if state.get("step", 0) % self.projection.refresh == 0:
+                self._refresh(parameter, state, tall)
+            basis = state["basis"]
+            self._waiting[parameter] = basis.new_zeros(len(tall), basis.shape[1])
+        basis, waiting = state["basis"], self._waiting[parameter]
         for rows in row_chunks(tall):
-            torch.mm(tall[rows].to(basis.dtype), basis, out=projected[rows])
-        before = self._waiting.get(parameter)
-        self._waiting[parameter] = projected if before is None else projected.add_(before)
-        parameter.grad = None
+            waiting[rows].addmm_(tall[rows].to(basis.dtype), basis)
 
-    def _refresh(self, parameter: Tensor, state: dict[str, Any], tall: Tensor, columns: int) -> None:
+    def _refresh(self, parameter: Tensor, state: dict[str, Any], tall: Tensor) -> None:
         """A new basis from this gradient, and the moments in it."""
+        columns = self.projection.columns(parameter.shape)
+        assert columns is not None
         generator = torch.Generator(tall.device)
         generator.manual_seed((self.seed * 1_000_003 + state.get("step", 0)) * 1_000_003 + self._places[parameter])
         basis = self.projection.finder.basis(tall, columns, generator)
@@ -291,6 +306,21 @@ class ProjectedAdamW(Optimizer):
             if basis is not None:
                 move = (move @ basis.T).mul_(self.projection.scale)
             weight[part].add_(move.to(weight.dtype), alpha=-group["lr"])
+
+
+class _Apart(Function):
+    """The parameter; its gradient goes to the optimiser and not on."""
+
+    @staticmethod
+    def forward(ctx: Any, parameter: Tensor, optimiser: ProjectedAdamW) -> Tensor:
+        ctx.parameter, ctx.optimiser = parameter, optimiser
+        return parameter.view_as(parameter)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx.optimiser._add(ctx.parameter, grad)
+        return None, None
 
 
 def _tall(matrix: Tensor) -> Tensor:

@@ -71,6 +71,9 @@ def _facts(data: RunData) -> Iterable[tuple[str, str]]:
         adapters = f"LoRA, r = {config.get('lora_r')}, alpha = {config.get('lora_alpha')}"
         yield "Trains", adapters if config["use_peft"] else "all weights"
     yield "Compression", _policy(config.get("activation_compression"))
+    yield "Memory was short", f"went on with {summary.get('policy')}" if number(summary.get("rung")) else ""
+    method = _block(config, "gradient_compression").get("method", "none")
+    yield "Gradients", "" if method == "none" else str(method)
     done, planned = sections.last_step(metrics), number(config.get("max_steps")) or 0
     of = f" of {planned:,.0f}" if done < planned < math.inf else ""
     yield "Steps", f"{done:,}{of}" if metrics else ""
