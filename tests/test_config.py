@@ -61,8 +61,20 @@ def test_the_old_name_of_audit_every():
     assert "fidelity_steps" not in block.model_dump()
 
 
-def test_the_resolved_configuration_reads_back(tmp_path):
-    config = load(tmp_path, activation_compression={"preset": "layer", "rank": 4}, val_set_size=0.5)
+FULL = {"use_peft": False}
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"activation_compression": {"preset": "layer", "rank": 4}, "val_set_size": 0.5},
+        {**FULL, "gradient_compression": {"method": "projected", "bits": 32}},
+        {**FULL, "gradient_compression": {"method": "powersgd", "rank": 2}},
+        {"fsdp": True, "fsdp_config": {"state_dict_type": "SHARDED_STATE_DICT"}},
+    ],
+)
+def test_the_resolved_configuration_reads_back(tmp_path, values):
+    config = load(tmp_path, **values)
     path = tmp_path / "again.yaml"
     path.write_text(config.yaml())
     assert load_config(path) == config
@@ -129,7 +141,7 @@ def test_every_key_is_documented():
         ({"fsdp_config": {"reshard_after_forward": False}}, "needs fsdp: true"),
         ({"fsdp": True, "load_in_4bit": True}, "load_in_4bit excludes fsdp"),
         (
-            {"fsdp": True, "use_peft": False, "gradient_compression": {"method": "powersgd"}},
+            {"fsdp": True, **FULL, "gradient_compression": {"method": "powersgd"}},
             "gradient_compression powersgd excludes fsdp",
         ),
         ({"eval_dataset_name": "e", "val_set_size": 2}, "excludes val_set_size"),

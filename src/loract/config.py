@@ -143,8 +143,9 @@ class GradientCompression(_Block):
 
     @model_validator(mode="after")
     def _of_the_method(self) -> GradientCompression:
-        others = self.model_fields_set - {"method", "rank"}
-        if self.method == "none" and self.model_fields_set - {"method"}:
+        changed = {name for name, field in type(self).model_fields.items() if getattr(self, name) != field.default}
+        others = changed - {"method", "rank"}
+        if self.method == "none" and changed:
             raise InvalidSpec(
                 "gradient_compression without a method", "method: projected or powersgd", "add the method"
             )
@@ -327,7 +328,7 @@ class TrainConfig(TrainingOptions, DataOptions, ModelOptions):
         method = self.gradient_compression.method
         if method != "none" and self.use_peft:
             raise ValueError(f"adapters' gradients are small already, {method} does not pay there: set use_peft: false")
-        if method == "projected" and "optim" in self.model_fields_set:
+        if method == "projected" and self.optim != TrainConfig.model_fields["optim"].default:
             raise ValueError("gradient_compression projected is an optimiser (AdamW): drop optim")
         if method == "projected" and self.fp16:
             raise ValueError("fp16 scales gradients, which gradient_compression projected does not undo: use bf16")
