@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import DistributedType, FullyShardedDataParallelPlugin
+from accelerate import DistributedType, FullyShardedDataParallelPlugin, PartialState
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import CPUOffloadPolicy
@@ -351,7 +351,9 @@ def shard_on_cpus(trainer: Trainer) -> None:
     plugin = FullyShardedDataParallelPlugin(**(arguments or {}))
     if state.mixed_precision != "no":
         plugin.set_mixed_precision(state.mixed_precision)
-    state.distributed_type, state.fsdp_plugin = DistributedType.FSDP, plugin
+    # Accelerate takes the kind over from the one to the other time and again.
+    PartialState().distributed_type = state.distributed_type = DistributedType.FSDP
+    state.fsdp_plugin = plugin
     trainer.is_fsdp_enabled = True
 
 
