@@ -6,6 +6,7 @@ As a script: one of the processes.
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ pytest.importorskip("trl")
 
 import transformers
 from safetensors.torch import load_file
+from torch.distributed.fsdp import CPUOffloadPolicy
 from torch.utils.data import Dataset
 
 import loract
@@ -298,6 +300,30 @@ def test_a_single_process_is_refused(folder):
     with pytest.raises(loract.LoractError, match=r"fsdp: true in a single process.*torchrun --nproc-per-node"):
         train(prepare(configuration(folder, "single", **FSDP)))
     assert not (folder / "single").exists()
+
+
+def test_accelerate_may_not_shard_what_cannot_be(folder):
+    config = configuration(folder, "projected", **FULL, gradient_compression={"method": "projected"})
+    with pytest.raises(loract.LoractError, match=r"gradient_compression projected excludes fsdp.*torchrun"):
+        RunTrainer.setup(SimpleNamespace(is_fsdp_enabled=True), None, None, None, config)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"fsdp_version": 1}, "FSDP1.*set fsdp_version: 2"),
+        ({"cpu_offload": CPUOffloadPolicy()}, "offloaded to the CPU.*fsdp_offload_params: false"),
+        ({"activation_checkpointing": True}, "fsdp_activation_checkpointing: false"),
+    ],
+)
+def test_what_accelerate_may_not_ask_for(monkeypatch, changes, message):
+    monkeypatch.setattr(transformers.Trainer, "create_accelerator_and_postprocess", lambda self: None)
+    plugin = SimpleNamespace(**{"fsdp_version": 2, "cpu_offload": None, "activation_checkpointing": False, **changes})
+    trainer = object.__new__(RunTrainer)
+    trainer.args = SimpleNamespace(fsdp_plugin_args=None)
+    trainer.accelerator = SimpleNamespace(state=SimpleNamespace(distributed_type="NO", fsdp_plugin=plugin))
+    with pytest.raises(loract.LoractError, match=message):
+        trainer.create_accelerator_and_postprocess()
 
 
 def test_checkpoints_are_whole(ranks, folder):
