@@ -71,8 +71,8 @@ class Method:
 METHODS = (
     Method(name="AdamW", make=adamw, rates=(1e-5, 2e-5)),
     Method(name="AdamW, balanced", make=adamw, rates=(1e-5,), policy="balanced"),
-    Method(name="projected, balanced", make=projected(Sampled()), rates=(2e-5, 5e-5), policy="balanced"),
-    Method(name="Gaussian projected, balanced", make=projected(Gaussian()), rates=(2e-5, 5e-5), policy="balanced"),
+    Method(name="projected, balanced", make=projected(Sampled()), rates=(2e-5,), policy="balanced"),
+    Method(name="Gaussian projected, balanced", make=projected(Gaussian()), rates=(2e-5,), policy="balanced"),
     Method(name="LoRA", make=adamw, rates=(5e-4,), adapters=True),
     Method(name="LoRA, balanced", make=adamw, rates=(5e-4,), policy="balanced", adapters=True),
 )

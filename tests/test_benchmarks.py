@@ -14,6 +14,7 @@ from loract.codecs import LowRank
 from loract.compare import contend
 from loract.frontier import Journal, methods
 from loract.workload import Workload
+from training import save_model
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 
@@ -27,7 +28,7 @@ def script(name):
 
 
 training, codecs, rounding, estimates = (script(name) for name in ("training", "codecs", "rounding", "estimates"))
-budgets, full = script("budgets"), script("full")
+budgets, full, edge = script("budgets"), script("full"), script("edge")
 
 
 def characters(text, **_):
@@ -315,3 +316,21 @@ def test_every_weight_trains_in_less_memory(tmp_path, capsys):
     assert (tmp_path / "table.md").read_text().strip() in capsys.readouterr().out
     with pytest.raises(InvalidSpec, match="did you mean 'AdamW'"):
         full.main(("--methods", "Adam"), load)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
+def test_a_run_stays_within_its_memory_or_is_killed(tmp_path):
+    model = save_model(tmp_path / "model")
+    sizes = ["--model", model, "--bits", "16", "--steps", "2", "--length", "32", "--out", str(tmp_path / "run")]
+    assert edge.main([*sizes, "--limit", "2000"]) == 0
+    found = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    parts = {line["part"]: line for line in found if "part" in line}
+    assert set(parts) == {"tokens", "train"}
+    assert all(0 < line["peak_mib"] < 2000 and line["exit"] == 0 for line in parts.values())
+    assert [line["step"] for line in found if "step" in line] == [1, 2]
+    assert max(line["peak_mib"] for line in found if "part" not in line) <= parts["train"]["peak_mib"] + 50
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").exists()
+    assert edge.main([*sizes, "--limit", "100"]) == 1
+    (killed,) = (json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines())
+    assert killed["part"] == "tokens"
+    assert killed["exit"] < 0

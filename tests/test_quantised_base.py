@@ -10,6 +10,7 @@ peft = pytest.importorskip("peft")
 bnb = pytest.importorskip("bitsandbytes")
 
 from causal import causal, lora, tokens  # noqa: E402
+from loract.functions.linear import PACKS, dense_weight, packing  # noqa: E402
 from loract.memory import saved_bytes  # noqa: E402
 from tiny import FAMILIES  # noqa: E402
 
@@ -88,6 +89,55 @@ def test_the_base_stays_as_it_was(folder):
     after = dict(model.named_parameters())
     assert all(torch.equal(after[n], value) and after[n].grad is None for n, value in before.items())
     assert all(type(after[n]) is bnb.nn.Params4bit for n in before if n.endswith("proj.base_layer.weight"))
+
+
+def test_evaluation_leaves_gradients_alone(folder):
+    """bitsandbytes packs a weight at its first evaluation, on CPUs with bf16 arithmetic: no gradient passes it then."""
+    model, ids = quantised(folder, torch.bfloat16), tokens()
+    _, expected = step(model, ids)
+
+    def evaluate():
+        model.eval()
+        with torch.no_grad():
+            model(input_ids=ids, use_cache=False)
+        model.train()
+
+    packs = [module for module in model.modules() if getattr(module, PACKS, False)]
+    with loract.attach(model, "exact"):
+        for _ in range(2):
+            assert (step(model, ids)[1] - expected).norm() <= 1e-3 * expected.norm()
+            evaluate()
+    assert [module for module in model.modules() if getattr(module, PACKS, False)] == packs
+    evaluate()  # outside: packed, and unpacked with scales that were rounded to bf16
+    with loract.attach(model, "exact"):
+        assert (step(model, ids)[1] - expected).norm() <= 0.15 * expected.norm()
+    states = [m.weight.quant_state for m in model.modules() if isinstance(m, bnb.nn.Linear4bit)]
+    assert not any(getattr(state, "packing_format_for_cpu", False) for state in states)
+
+
+@pytest.mark.parametrize("nested", [True, False])
+def test_a_packed_weight_is_changed_back(nested):
+    torch.manual_seed(0)
+    options = {"bias": False, "compute_dtype": torch.bfloat16, "quant_type": "nf4", "compress_statistics": nested}
+    module = bnb.nn.Linear4bit(256, 96, **options).to("cpu")
+    before = dense_weight(module).float()
+    with torch.no_grad():
+        module.eval()(torch.randn(4, 256).bfloat16())
+    packing(module)
+    # What was packed has rounded its scales to bf16.
+    assert (dense_weight(module).float() - before).norm() <= 4e-3 * before.norm()
+
+
+@pytest.mark.parametrize("name", ["sublayer", "layer"])
+def test_regions_in_sixteen_bits(folder, name):
+    """PEFT rounds an adapter's product over a quantised base before it is added."""
+    model, ids = quantised(folder, torch.bfloat16), tokens()
+    logits, expected = step(model, ids)
+    with loract.attach(model, loract.preset(name, codec=loract.Exact())) as handle:
+        ours, gradients = step(model, ids)
+        assert not handle.left
+    assert torch.equal(ours, logits)
+    assert (gradients - expected).norm() <= 3e-2 * expected.norm()
 
 
 @pytest.mark.parametrize("name", ["sublayer", "layer"])

@@ -216,12 +216,14 @@ def test_image_classification_from_scratch(tmp_path):
     assert (tmp_path / "run" / "model" / "preprocessor_config.json").exists()
 
 
-def test_a_four_bit_base(model, data, tmp_path):
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_quantised_base(model, data, tmp_path, bits):
     pytest.importorskip("bitsandbytes")
     found = {}
     for preset in ("none", "balanced"):
         block = {"preset": preset}
-        result = go(settings(model, data, tmp_path / preset, load_in_4bit=True, activation_compression=block))
+        changes = {f"load_in_{bits}bit": True, "activation_compression": block, "val_set_size": 4, "eval_steps": 2}
+        result = go(settings(model, data, tmp_path / preset, **changes))
         assert result.finished
         assert result.last_loss < result.first_loss
         found[preset] = [loss for _, loss, _ in losses(tmp_path / preset)]

@@ -25,6 +25,7 @@ from loract.functions.adapter import adapter_product
 from loract.functions.base import Autocast
 from loract.functions.checkpoint import Rerun, checkpoint
 from loract.functions.gated import GatedCall, gated
+from loract.functions.linear import PACKS, packing
 from loract.functions.norm import NormCall, norm, normalised
 from loract.others import others_coded
 from loract.policy import DEFAULT, REGIONS, Policy, Site, as_policy
@@ -89,6 +90,8 @@ class Handle(Uncopied):
             raise
 
     def _attach(self) -> None:
+        for module in packing(self.model):
+            self._set(module, PACKS, False)
         found = recognize(self.model)
         self.left = list(found.left)
         setattr(self.model, _MARK, self)

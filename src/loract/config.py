@@ -215,6 +215,7 @@ class ModelOptions(_Block):
     attn_implementation: str = "sdpa"
     trust_remote_code: bool = False
     load_in_4bit: bool = False
+    load_in_8bit: bool = False
     use_peft: bool = True
     """Train LoRA adapters; false trains every weight."""
     lora_r: Count = 16
@@ -319,8 +320,10 @@ class TrainConfig(TrainingOptions, DataOptions, ModelOptions):
             raise ValueError("needs either model_name_or_path or model_type")
         if self.model_type is not None and self.use_peft:
             raise ValueError("model_type trains from scratch: set use_peft: false")
-        if self.load_in_4bit and not self.use_peft:
-            raise ValueError("load_in_4bit needs adapters: set use_peft: true")
+        if self.quantised and not self.use_peft:
+            raise ValueError(f"load_in_{self.quantised}bit needs adapters: set use_peft: true")
+        if self.load_in_4bit and self.load_in_8bit:
+            raise ValueError("load_in_4bit and load_in_8bit exclude each other")
         if self.fsdp and (reason := self.unsharded()):
             raise ValueError(reason)
         if self.fsdp_config != Sharding() and not self.fsdp:
@@ -345,10 +348,15 @@ class TrainConfig(TrainingOptions, DataOptions, ModelOptions):
             raise ValueError("dataset_test_split excludes val_set_size")
         return self
 
+    @property
+    def quantised(self) -> int | None:
+        """Bits of the base's linear maps; None: as they are stored."""
+        return 4 if self.load_in_4bit else 8 if self.load_in_8bit else None
+
     def unsharded(self) -> str | None:
         """Why this run cannot be sharded (FSDP2); None: it can."""
-        if self.load_in_4bit:
-            return "load_in_4bit excludes fsdp: weights of four bits are not sharded"
+        if self.quantised:
+            return f"load_in_{self.quantised}bit excludes fsdp: quantised weights are not sharded"
         if (method := self.gradient_compression.method) != "none":
             return f"gradient_compression {method} excludes fsdp: it works on whole gradients"
         return None

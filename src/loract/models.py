@@ -7,6 +7,7 @@ from typing import Any
 
 from loract.config import Task, TrainConfig
 from loract.errors import LoractError, MissingExtra, reason
+from loract.functions.linear import PACKS, packing
 from loract.weights import quiet
 
 try:
@@ -134,7 +135,7 @@ def load_model(config: TrainConfig, source: str | None, architecture: Any) -> An
     transformers.set_seed(config.seed)
     auto: Any = getattr(transformers, _MODELS[config.task][0])
     dtype = config.dtype or ("auto" if config.use_peft else "float32")
-    if config.load_in_4bit and dtype == "auto":
+    if config.quantised and dtype == "auto":
         dtype = "bfloat16"  # all of it: attention refuses a mixture of the checkpoint's dtype and the products'
     options: dict[str, Any] = {"attn_implementation": config.attn_implementation}
     with quiet():
@@ -142,10 +143,12 @@ def load_model(config: TrainConfig, source: str | None, architecture: Any) -> An
             if source is None:
                 model: Any = auto.from_config(architecture, dtype="float32" if dtype == "auto" else dtype, **options)
             else:
-                if config.load_in_4bit:
+                if config.quantised == 4:
                     options["quantization_config"] = transformers.BitsAndBytesConfig(
                         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
                     )
+                elif config.quantised == 8:
+                    options["quantization_config"] = transformers.BitsAndBytesConfig(load_in_8bit=True)
                 model = auto.from_pretrained(
                     source,
                     config=architecture,
@@ -159,6 +162,8 @@ def load_model(config: TrainConfig, source: str | None, architecture: Any) -> An
             raise LoractError(
                 f"model {source or config.model_type!r} ({reason(error)})", "its weights", "check it"
             ) from (error)
+        for module in packing(model):
+            setattr(module, PACKS, False)
         if config.use_peft:
             model = _with_adapters(model, config)
     return model.train()

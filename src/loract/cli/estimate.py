@@ -118,7 +118,8 @@ def _setup(model: str) -> tuple[Setup, tuple[Variant, ...]]:
         raise LoractError("a run from scratch", "one with model_name_or_path", "name a shape instead")
     found = shape(resolve(name))
     inputs = {"text-generation": "tokens", "text-classification": "text", "image-classification": "images"}
-    base = "nf4" if config.load_in_4bit else "fp32" if config.dtype == "float32" or not config.use_peft else "bf16"
+    stored = "fp32" if config.dtype == "float32" or not config.use_peft else "bf16"
+    base = stored if config.quantised is None else {4: "nf4", 8: "int8"}[config.quantised]
     setup = Setup(
         shape=replace(found, inputs=cast(Any, inputs[config.task])),
         batch=config.per_device_train_batch_size,

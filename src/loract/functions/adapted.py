@@ -51,7 +51,10 @@ def in_place(base: Tensor, x: Tensor, layer: Any, adapter: Adapter) -> Tensor:
     x (..., n) is the layer's input. For runs without a graph.
     """
     name = next(name for name in layer.active_adapters if name in layer.lora_A)
-    added = layer.lora_B[name](layer.lora_A[name](x.to(adapter.a.dtype))).mul_(adapter.scaling).add_(base)
+    added = layer.lora_B[name](layer.lora_A[name](x.to(adapter.a.dtype))).mul_(adapter.scaling)
+    if type(layer).__name__ != "Linear":  # over quantised bases PEFT rounds what it adds, and then the sum
+        added = added.to(base.dtype)
+    added = added.add_(base)
     return added if added.dtype == base.dtype else base.copy_(added)
 
 

@@ -36,6 +36,33 @@ def _four_bit(module: Any) -> Tensor | None:
     return dequantize_4bit(weight.data, state).to(dtype)
 
 
+PACKS = "support_avx512bf16_for_cpu"
+"""Attribute of bitsandbytes' 4-bit maps: whether evaluation on a CPU may change the weight's layout."""
+
+
+def packing(model: nn.Module) -> list[nn.Module]:
+    """The 4-bit maps of `model` that would change their weight's layout when they are evaluated, changed back.
+
+    On a CPU with bf16 arithmetic bitsandbytes (0.50) packs a weight at its first evaluation without gradients, for
+    good, and products with a packed weight have no gradient: training after an evaluation would go on with wrong
+    gradients and no more than a warning. Switch the attribute `PACKS` off on these modules to prevent it. Packing has
+    rounded the scales to bf16, and changing it back does not undo that.
+    """
+    found = [module for module in model.modules() if getattr(module, PACKS, False)]
+    for module in found:
+        weight: Any = module.weight
+        if getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False):
+            from bitsandbytes.functional import (
+                _convert_weight_packed_for_cpu_inverse as unpack,  # pyright: ignore[reportPrivateUsage]
+            )
+
+            weight.data, state = unpack(weight.data, weight.quant_state)
+            if not state.nested:  # its scales, (blocks of a row, rows) while packed, are left so
+                state.absmax = state.absmax.T.reshape(-1).float()
+            weight.quant_state = state
+    return found
+
+
 WEIGHTS: dict[str, Callable[[Any], Tensor | None]] = {
     "Linear": lambda module: module.weight if type(module) is nn.Linear else None,
     "Conv1D": lambda module: module.weight.T,
