@@ -47,6 +47,7 @@ BALANCED = {"preset": "balanced", "audit_every": 0}
 FULL = {"use_peft": False, "learning_rate": 1e-3}
 FSDP = {"fsdp": True}
 SHARDED = {"fsdp": True, "fsdp_config": {"state_dict_type": "SHARDED_STATE_DICT"}}
+KEPT = {"reshard_after_forward": False, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
 TWO = {"gradient_accumulation_steps": 2}
 RUNS = {
     "ddp-exact": {"activation_compression": EXACT, **TWO},
@@ -57,7 +58,7 @@ RUNS = {
     "ddp-full": {"activation_compression": BALANCED, **FULL},
     "fsdp-full": {"activation_compression": BALANCED, **FULL, **FSDP},
     "fsdp-full-sharded": {"activation_compression": TENSOR, **FULL, **SHARDED},
-    "fsdp-bf16": {"activation_compression": BALANCED, "dtype": "bfloat16", **FSDP},
+    "fsdp-bf16": {"activation_compression": BALANCED, "dtype": "bfloat16", **FSDP, "fsdp_config": KEPT},
 }
 RESUMED = [name for name in RUNS if name.startswith("fsdp") and name not in ("fsdp-exact", "fsdp-bf16")]
 SAME = [("fsdp-exact", "ddp-exact"), ("fsdp-tensor", "ddp-tensor"), ("fsdp-full", "ddp-full")]
@@ -93,6 +94,8 @@ class Looks(transformers.TrainerCallback):
         coded = [site.kind for site in handle.stats() if site.coded]
         self.seen = {"seed": handle.seed, "sites": handle.summary(), "coded": coded, "left": handle.left}
         self.seen["split"] = all(map(is_split, model.parameters()))
+        plugin = getattr(TRAINERS[-1].accelerator.state, "fsdp_plugin", None)
+        self.seen["asked"] = plugin and (plugin.reshard_after_forward, plugin.transformer_cls_names_to_wrap)
 
 
 class Rows(Dataset):
@@ -230,6 +233,13 @@ def test_each_process_draws_for_itself(ranks, name):
     assert first["seed"] == 0
     assert second["seed"] == 2**32
     assert first["sites"] == second["sites"]
+
+
+def test_accelerate_shards_as_asked(ranks):
+    for run in of(ranks, "fsdp-bf16"):
+        assert run["asked"] == (False, ["LlamaDecoderLayer"])
+    for run in of(ranks, "fsdp-full"):
+        assert run["asked"][0] is True
 
 
 @pytest.mark.parametrize(("sharded", "whole"), SAME)
