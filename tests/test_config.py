@@ -5,7 +5,7 @@ import yaml
 
 import loract
 from loract.audit import Audits
-from loract.config import TASKS, Compression, TrainConfig, load_config
+from loract.config import TASKS, Compression, GradientCompression, Sharding, TrainConfig, load_config
 from loract.starters import STARTERS, starter
 from training import write_config
 
@@ -61,8 +61,20 @@ def test_the_old_name_of_audit_every():
     assert "fidelity_steps" not in block.model_dump()
 
 
-def test_the_resolved_configuration_reads_back(tmp_path):
-    config = load(tmp_path, activation_compression={"preset": "layer", "rank": 4}, val_set_size=0.5)
+FULL = {"use_peft": False}
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"activation_compression": {"preset": "layer", "rank": 4}, "val_set_size": 0.5},
+        {**FULL, "gradient_compression": {"method": "projected", "bits": 32}},
+        {**FULL, "gradient_compression": {"method": "powersgd", "rank": 2}},
+        {"fsdp": True, "fsdp_config": {"state_dict_type": "SHARDED_STATE_DICT"}},
+    ],
+)
+def test_the_resolved_configuration_reads_back(tmp_path, values):
+    config = load(tmp_path, **values)
     path = tmp_path / "again.yaml"
     path.write_text(config.yaml())
     assert load_config(path) == config
@@ -83,7 +95,12 @@ def test_every_key_is_documented():
     from pathlib import Path
 
     page = (Path(__file__).parent.parent / "docs" / "training.md").read_text()
-    missing = [key for key in (*TrainConfig.model_fields, *Compression.model_fields) if f"`{key}`" not in page]
+    missing = [
+        key
+        for block in (TrainConfig, Compression, GradientCompression, Sharding)
+        for key in block.model_fields
+        if f"`{key}`" not in page
+    ]
     assert not missing
 
 
@@ -117,6 +134,18 @@ def test_every_key_is_documented():
         ({"load_in_8bit": True, "use_peft": False}, "load_in_8bit needs adapters"),
         ({"load_in_8bit": True, "load_in_4bit": True}, "exclude each other"),
         ({"packing": True, "packing_strategy": "bfd"}, "flash attention"),
+        ({"fsdp": "full_shard auto_wrap"}, "fsdp='full_shard auto_wrap'.*true or false.*fsdp_config"),
+        ({"fsdp": True, "fsdp_config": {"version": 1}}, "version=1.*2"),
+        ({"fsdp": True, "fsdp_config": {"reshard": False}}, "'fsdp_config.reshard'.*'reshard_after_forward'"),
+        ({"fsdp": True, "fsdp_config": {"state_dict_type": "SHARDED"}}, "did you mean 'SHARDED_STATE_DICT'"),
+        ({"fsdp": True, "fsdp_config": {"activation_checkpointing": True}}, "loract takes its place"),
+        ({"fsdp": True, "fsdp_config": "fsdp.json"}, "fsdp_config='fsdp.json'.*dictionary"),
+        ({"fsdp_config": {"reshard_after_forward": False}}, "needs fsdp: true"),
+        ({"fsdp": True, "load_in_8bit": True}, "load_in_8bit excludes fsdp"),
+        (
+            {"fsdp": True, **FULL, "gradient_compression": {"method": "powersgd"}},
+            "gradient_compression powersgd excludes fsdp",
+        ),
         ({"eval_dataset_name": "e", "val_set_size": 2}, "excludes val_set_size"),
     ],
 )

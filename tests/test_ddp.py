@@ -2,46 +2,48 @@
 
 import itertools
 import os
-import socket
-import subprocess
 import sys
 import traceback
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
 import loract
+from processes import WORLD, run_pair
 
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
 
-WORLD = 2
 SECONDS = 120
-
-
 POLICIES = {
     "exact": "exact",
     "tensor": loract.preset("tensor", codec=loract.LowRank(rank=0.25)),
     "sublayer-exact": loract.preset("sublayer", codec=loract.Exact()),
     "layer-exact": loract.preset("layer", codec=loract.Exact()),
     "sublayer": loract.preset("sublayer", rank=0.25),
+    "balanced": "balanced",
 }
 EXACT = [name for name in POLICIES if name.endswith("exact")]
-LOSSY = {"tensor": ["adapter_input", "norm", "gated"], "sublayer": ["norm", "sublayer"]}  # kinds that code
+LOSSY = {  # kinds that code
+    "tensor": ["adapter_input", "norm", "gated"],
+    "sublayer": ["norm", "sublayer"],
+    "balanced": ["stream"],
+}
 WRAPPERS = ("ddp", "fsdp")
 # (wrapper, what trains, policy, attached before wrapping, two micro-batches)
 CASES = [
     *itertools.product(["ddp"], ["lora"], ["exact", "tensor"], [True, False], [False, True]),
     *itertools.product(["ddp"], ["lora"], ["sublayer-exact", "layer-exact", "sublayer"], [True, False], [False]),
-    *itertools.product(["fsdp"], ["lora"], POLICIES, [True], [False]),
-    *itertools.product(WRAPPERS, ["lora"], ["sublayer-exact"], [True], [True]),
-    *itertools.product(WRAPPERS, ["full"], ["sublayer-exact"], [True], [False]),
-    ("ddp", "full", "sublayer-exact", False, False),
+    *itertools.product(["fsdp"], ["lora"], POLICIES, [True, False], [False]),
+    *itertools.product(WRAPPERS, ["lora"], ["sublayer-exact"], [True, False], [True]),
+    *itertools.product(WRAPPERS, ["full"], ["sublayer-exact"], [True, False], [False]),
+    *itertools.product(["ddp"], ["lora"], ["balanced"], [True, False], [False]),
+    *itertools.product(["fsdp"], ["full"], ["exact"], [False], [True]),
+    ("fine", "lora", "sublayer-exact", False, False),
 ]
-TOO_LATE = ("fsdp", "lora", "exact", False, False)
-"""Attached after sharding, which is refused."""
 
 
 def loss_of(model, ids):
@@ -82,8 +84,9 @@ def wrapped(model, wrapper):
     from torch.distributed.fsdp import fully_shard
 
     mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (WORLD,))
-    for layer in [m for m in model.modules() if type(m).__name__ == "LlamaDecoderLayer"]:
-        fully_shard(layer, mesh=mesh)
+    fine = (torch.nn.Linear,) if wrapper == "fine" else ()
+    for unit in [m for m in model.modules() if type(m).__name__ == "LlamaDecoderLayer" or type(m) in fine][::-1]:
+        fully_shard(unit, mesh=mesh)
     fully_shard(model, mesh=mesh)
     return model, model.set_requires_gradient_sync
 
@@ -107,16 +110,48 @@ def one_case(rank, wrapper, training, policy, attach_first, accumulate):
     return {"gradients": found, "coded": coded, "regions": regions, "left": handle.left}
 
 
+def audited(rank):
+    """A sharded model's fidelity, on the same batch in both processes."""
+    from causal import tokens
+
+    model, _ = wrapped(fresh("lora"), "fsdp")
+    before = [p.grad for p in model.parameters()]
+    fidelity = loract.audit(model, tokens(4), POLICIES["tensor"], loss_of)
+    assert all(p.grad is kept for p, kept in zip(model.parameters(), before, strict=True))
+    return fidelity.cosine, fidelity.relative_error, fidelity.by_layer
+
+
+def in_fsdp1(rank):
+    model = torch.distributed.fsdp.FullyShardedDataParallel(
+        fresh("lora"), device_id=torch.device("cpu"), use_orig_params=True
+    )
+    loract.attach(model, "exact")
+
+
+def in_tensor_parallel(rank):
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    model = fresh("full")
+    mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (WORLD,))
+    model.lm_head.weight = torch.nn.Parameter(distribute_tensor(model.lm_head.weight.detach(), mesh, [Shard(0)]))
+    loract.attach(model, "exact")
+
+
+OTHERS = (audited, in_fsdp1, in_tensor_parallel)
+
+
 def worker(folder):
     """One process: every case, saved. A failure is saved as its traceback, for the test of that case to show."""
     rank = int(os.environ["RANK"])
     torch.distributed.init_process_group("gloo")
+    todo = {case: partial(one_case, rank, *case) for case in CASES}
+    todo |= {other.__name__: partial(other, rank) for other in OTHERS}
     out = {}
-    for case in (*CASES, TOO_LATE):
+    for name, run in todo.items():
         try:
-            out[case] = one_case(rank, *case)
+            out[name] = run()
         except Exception:
-            out[case] = traceback.format_exc()
+            out[name] = traceback.format_exc()
     torch.save(out, Path(folder) / f"{rank}.pt")
     torch.distributed.destroy_process_group()
 
@@ -125,35 +160,7 @@ def worker(folder):
 def ranks(tmp_path_factory):
     """What both processes saved."""
     folder = tmp_path_factory.mktemp("ddp")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    common = {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "WORLD_SIZE": str(WORLD),
-        "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-    }
-    processes = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(folder)],
-            env={**os.environ, **common, "RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(WORLD)
-    ]
-    try:
-        for process in processes:
-            output, _ = process.communicate(timeout=SECONDS)
-            assert process.returncode == 0, output[-3000:]
-    finally:
-        for process in processes:
-            process.kill()
-            process.communicate()
+    run_pair(__file__, folder, seconds=SECONDS)
     return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD)]
 
 
@@ -184,7 +191,7 @@ def results(ranks, case):
 
 def regions_of(policy):
     """How many modules keep their inputs alone, in a model of two layers."""
-    return {"sublayer": 4, "layer": 2}.get(policy.removesuffix("-exact"), 0)
+    return {"sublayer": 4, "layer": 2, "balanced": 4}.get(policy.removesuffix("-exact"), 0)
 
 
 def name_of(case):
@@ -198,7 +205,13 @@ def test_exact_gradients_are_those_of_the_whole_batch(ranks, whole, case):
     _, training, policy, _, _ = case
     for rank in results(ranks, case):
         assert distance(rank["gradients"], whole[training]) <= 1e-5
-        assert len(rank["regions"]) == regions_of(policy), rank["left"]
+        if case[0] == "fine":
+            assert rank["regions"] == []
+            reasons = [reason for name, _, reason in rank["left"] if name.endswith(("self_attn", "mlp"))]
+            assert len(reasons) == 4
+            assert all("sharded by themselves" in reason for reason in reasons)
+        else:
+            assert len(rank["regions"]) == regions_of(policy), rank["left"]
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case[2] in LOSSY], ids=name_of)
@@ -212,9 +225,34 @@ def test_coded_gradients_agree_between_processes(ranks, whole, case):
     assert 1e-3 < distance(first["gradients"], whole["lora"]) < 1.0
 
 
-def test_attaching_to_a_sharded_model_is_refused(ranks):
+def pairs():
+    """Cases with codecs that differ in nothing but the wrapper."""
+    lossy = [case for case in CASES if case[2] in LOSSY]
+    return [(case, ("ddp", *case[1:])) for case in lossy if case[0] == "fsdp" and ("ddp", *case[1:]) in CASES]
+
+
+@pytest.mark.parametrize(("sharded", "whole_case"), pairs(), ids=lambda case: name_of(case))
+def test_coded_gradients_do_not_depend_on_sharding(ranks, sharded, whole_case):
+    for ours, theirs in zip(results(ranks, sharded), results(ranks, whole_case), strict=True):
+        assert distance(ours["gradients"], theirs["gradients"]) <= 1e-4
+
+
+def test_an_audit_of_a_sharded_model_is_that_of_the_whole_one(ranks):
+    from causal import tokens
+
+    expected = loract.audit(fresh("lora"), tokens(4), POLICIES["tensor"], loss_of)
+    for cosine, error, by_layer in results(ranks, "audited"):
+        assert cosine == pytest.approx(expected.cosine, abs=1e-4)
+        assert error == pytest.approx(expected.relative_error, rel=1e-3)
+        assert {k: pytest.approx(v, abs=1e-3) for k, v in by_layer.items()} == expected.by_layer
+    first, second = results(ranks, "audited")
+    assert first == second
+
+
+def test_other_ways_of_splitting_are_refused(ranks):
     for rank in ranks:
-        assert "expected one before fully_shard; next: attach first, then shard" in rank[TOO_LATE]
+        assert "LoractError: got a model inside FullyShardedDataParallel" in rank["in_fsdp1"]
+        assert "weights that something other than fully_shard has split" in rank["in_tensor_parallel"]
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ ORDER = [
     "policy",
     "functions",
     "saved",
+    "sharding",
     "stream",
     "others",
     "attention",

@@ -45,6 +45,7 @@ from loract.recognize import (
 from loract.region import Region
 from loract.residual import Residual
 from loract.saved import Index, Ledger, RunningSite, SiteStats
+from loract.sharding import gathered, refuse_other_sharding
 from loract.stream import Streams
 
 _MARK = "_loract_handle"
@@ -121,9 +122,12 @@ class Handle(Uncopied):
                 continue
             site = self._running(item.site, codec)
             undone = len(self._undo)
-            expected = _observe(item)
-            _PATCHES[type(item.role)](self, item, site)
-            if not all(agree(a, b) for a, b in zip(expected, _observe(item), strict=True)):
+            features = _probe_features(item)
+            with nullcontext() if features is None else gathered(item.module):
+                expected = _observe(item, features)
+                _PATCHES[type(item.role)](self, item, site)
+                equal = all(agree(a, b) for a, b in zip(expected, _observe(item, features), strict=True))
+            if not equal:
                 while len(self._undo) > undone:
                     self._undo.pop()()
                 self._leave(item, "values are not bit-equal")
@@ -483,9 +487,8 @@ def _attention_output(site: RunningSite, x: Tensor) -> Packed:
     return site.encode(x)
 
 
-def _observe(item: Found) -> list[Tensor]:
+def _observe(item: Found, features: int | None) -> list[Tensor]:
     """Values of a module on a probe in training and evaluation, with gradients on and off."""
-    features = _probe_features(item)
     if features is None or not all(map(has_values, item.module.parameters())):
         return []
     values: list[Tensor] = []
@@ -534,13 +537,10 @@ def attach(model: nn.Module, policy: str | Policy = DEFAULT, *, seed: int = 0) -
     Raises:
         InvalidSpec: an unknown preset or bad rank.
         UnsupportedModule: no site is recognised.
-        LoractError: the model is attached already, or sharded.
+        LoractError: the model is attached already, or split in another way than by fully_shard (FSDP2).
     """
     chosen = as_policy(policy)
-    if any(type(p).__name__ == "DTensor" for p in model.parameters()):
-        raise LoractError(
-            "a model whose parameters are sharded already", "one before fully_shard", "attach first, then shard"
-        )
+    refuse_other_sharding(model)
     if any(_MARK in vars(m) for m in model.modules()):
         raise LoractError("a model that is attached already", "a model without loract", "call handle.detach() first")
     return Handle(model, chosen, seed)

@@ -18,6 +18,7 @@ from loract.codecs import Codec, Exact, LowRank, Quantized
 from loract.errors import InvalidSpec, UnsupportedModule, nearest
 from loract.policy import Policy, Site
 from loract.saved import SiteStats
+from loract.sharding import is_split, own, summed
 
 Loss = Callable[[nn.Module, Any], Tensor]
 OnExcess = Literal["warn", "tighten", "stop"]
@@ -128,13 +129,17 @@ def compare_gradients(
     """Scores of the gradients `ours` against `exact`, by parameter name; a missing one counts as zero."""
     sums: dict[int | None, Tensor] = defaultdict(lambda: torch.zeros(4, dtype=torch.float64))
     for name, reference in exact.items():
-        a = reference.double().flatten()
-        b = ours[name].double().flatten() if name in ours else torch.zeros_like(a)
+        a = own(reference).double().flatten()
+        b = own(ours[name]).double().flatten() if name in ours else torch.zeros_like(a)
         terms = torch.stack([a @ a, b @ b, a @ b, (a - b).square().sum()]).cpu()
         sums[Site(kind="norm", name=name).layer] += terms
-    total = torch.stack(list(sums.values())).sum(0)
-    by_layer = {layer: _scores(s) for layer, s in sorted(sums.items(), key=lambda item: (item[0] is None, item[0]))}
-    cosine, error = _scores(total)
+    layers = sorted(sums, key=lambda layer: (layer is None, layer))
+    table = torch.stack([sums[layer] for layer in layers])
+    split = next(filter(is_split, exact.values()), None)
+    if split is not None:  # every process has measured its part of the same gradient
+        table = summed(table, split)
+    by_layer = {layer: _scores(terms) for layer, terms in zip(layers, table, strict=True)}
+    cosine, error = _scores(table.sum(0))
     return Fidelity(cosine=cosine, relative_error=error, loss=value, by_layer=by_layer, sites=sites)
 
 

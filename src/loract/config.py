@@ -146,8 +146,9 @@ class GradientCompression(_Block):
 
     @model_validator(mode="after")
     def _of_the_method(self) -> GradientCompression:
-        others = self.model_fields_set - {"method", "rank"}
-        if self.method == "none" and self.model_fields_set - {"method"}:
+        changed = {name for name, field in type(self).model_fields.items() if getattr(self, name) != field.default}
+        others = changed - {"method", "rank"}
+        if self.method == "none" and changed:
             raise InvalidSpec(
                 "gradient_compression without a method", "method: projected or powersgd", "add the method"
             )
@@ -176,6 +177,30 @@ class GradientCompression(_Block):
             bits=self.bits,
             scale=self.scale,
         )
+
+
+class Sharding(_Block):
+    """The block `fsdp_config` (names of transformers): how FSDP2 spreads a model over processes."""
+
+    version: Literal[2] = 2
+    reshard_after_forward: bool = True
+    """Give a layer's weights back between its forward and its backward; false takes more memory and sends less."""
+    transformer_layer_cls_to_wrap: list[str] | None = None
+    """Classes of the layers that are gathered one at a time. Default: what the model names itself."""
+    state_dict_type: Literal["FULL_STATE_DICT", "SHARDED_STATE_DICT"] = "FULL_STATE_DICT"
+    """Checkpoints in one piece, or each process its part."""
+    activation_checkpointing: bool = False
+
+    @field_validator("activation_checkpointing")
+    @classmethod
+    def _no_checkpointing(cls, value: bool) -> bool:
+        return _not_checkpointed(value)
+
+
+def _not_checkpointed(value: bool) -> bool:
+    if value:
+        raise ValueError("loract takes its place: use activation_compression: {preset: sublayer, exact: true}")
+    return value
 
 
 class ModelOptions(_Block):
@@ -263,13 +288,21 @@ class TrainingOptions(_Block):
     report_to: list[Literal["tensorboard", "none"]] = ["tensorboard"]
     dataloader_num_workers: Annotated[int, Field(ge=0)] = 0
     ddp_find_unused_parameters: bool = False
+    fsdp: bool = False
+    """Spread weights, gradients and the optimizer's state over the processes (FSDP2)."""
+    fsdp_config: Sharding = Sharding()
     gradient_checkpointing: bool = False
 
     @field_validator("gradient_checkpointing")
     @classmethod
     def _no_checkpointing(cls, value: bool) -> bool:
-        if value:
-            raise ValueError("loract takes its place: use activation_compression: {preset: sublayer, exact: true}")
+        return _not_checkpointed(value)
+
+    @field_validator("fsdp", mode="before")
+    @classmethod
+    def _yes_or_no(cls, value: object) -> object:
+        if isinstance(value, (str, list)):
+            raise ValueError("is true or false: what used to be options is in the block fsdp_config")
         return value
 
     @field_validator("report_to", mode="before")
@@ -306,10 +339,14 @@ class TrainConfig(TrainingOptions, DataOptions, ModelOptions):
             raise ValueError(f"load_in_{self.quantised}bit needs adapters: set use_peft: true")
         if self.load_in_4bit and self.load_in_8bit:
             raise ValueError("load_in_4bit and load_in_8bit exclude each other")
+        if self.fsdp and (reason := self.unsharded()):
+            raise ValueError(reason)
+        if self.fsdp_config != Sharding() and not self.fsdp:
+            raise ValueError("fsdp_config needs fsdp: true")
         method = self.gradient_compression.method
         if method != "none" and self.use_peft:
             raise ValueError(f"adapters' gradients are small already, {method} does not pay there: set use_peft: false")
-        if method == "projected" and "optim" in self.model_fields_set:
+        if method == "projected" and self.optim != TrainConfig.model_fields["optim"].default:
             raise ValueError("gradient_compression projected is an optimiser (AdamW): drop optim")
         if method == "projected" and self.fp16:
             raise ValueError("fp16 scales gradients, which gradient_compression projected does not undo: use bf16")
@@ -330,6 +367,14 @@ class TrainConfig(TrainingOptions, DataOptions, ModelOptions):
     def quantised(self) -> int | None:
         """Bits of the base's linear maps; None: as they are stored."""
         return 4 if self.load_in_4bit else 8 if self.load_in_8bit else None
+
+    def unsharded(self) -> str | None:
+        """Why this run cannot be sharded (FSDP2); None: it can."""
+        if self.quantised:
+            return f"load_in_{self.quantised}bit excludes fsdp: quantised weights are not sharded"
+        if (method := self.gradient_compression.method) != "none":
+            return f"gradient_compression {method} excludes fsdp: it works on whole gradients"
+        return None
 
     def yaml(self) -> str:
         """The resolved configuration, every key written out."""
@@ -383,8 +428,7 @@ def _explained(error: ValidationError) -> LoractError:
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     if first["type"] == "extra_forbidden":
         block, name = first["loc"][:-1], str(first["loc"][-1])
-        blocks = {"activation_compression": Compression, "gradient_compression": GradientCompression}
-        fields = (blocks[str(block[0])] if block else TrainConfig).model_fields
+        fields = (_BLOCKS[block[0]] if block else TrainConfig).model_fields
         return InvalidSpec(f"unknown key {where!r}{more}", "a key of the configuration", nearest(name, fields))
     if first["type"] == "missing":
         return InvalidSpec(f"no key {where!r}{more}", "this key, which has no default", f"add a line `{where}: ...`")
@@ -406,3 +450,10 @@ def _explained(error: ValidationError) -> LoractError:
 def _shown(value: object) -> str:
     text = repr(value)
     return text if len(text) <= LONGEST_VALUE else f"{text[:LONGEST_VALUE]}..."
+
+
+_BLOCKS: dict[str | int, type[_Block]] = {
+    "activation_compression": Compression,
+    "gradient_compression": GradientCompression,
+    "fsdp_config": Sharding,
+}

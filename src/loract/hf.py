@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from loract.attach import Handle, attach
@@ -20,6 +21,7 @@ from loract.ladder import out_of_memory, release, smaller, told
 from loract.memory import MIB
 from loract.policy import DEFAULT, REGIONS, Policy, as_policy, preset
 from loract.saved import SiteStats
+from loract.sharding import everyone, is_sharded, rank_seed
 
 try:
     from transformers import TrainerCallback
@@ -36,6 +38,9 @@ class LoractCallback(TrainerCallback):
     named in `report_to` run before callbacks passed to the trainer, so they see those numbers only if this one is
     moved to the front of `trainer.callback_handler.callbacks`; `trainer.state.log_history` always has them.
     Evaluation during training runs the model's own forwards. The KV cache is off while attached.
+
+    Of several processes each codes what it keeps with random draws of its own (`seed` and its rank), under DDP and
+    FSDP2 alike. FSDP1 and tensor parallelism are refused.
 
     `audit_every`: every so many steps, and at the last one, the gradient of the step's first micro-batch is computed
     twice more, by exact checkpointing, which fits where training does, and under the policy: the time of about three
@@ -131,7 +136,7 @@ class LoractCallback(TrainerCallback):
     def _attach(self, model: nn.Module) -> None:
         caches = _caches_off(model)
         try:
-            handle = attach(model, self.policy, seed=self.seed)
+            handle = attach(model, self.policy, seed=rank_seed(self.seed))
         except BaseException:
             _caches_back(caches)
             raise
@@ -212,7 +217,7 @@ class LoractCallback(TrainerCallback):
         step = state.global_step + 1
         fidelity, short = None, False
         try:
-            fidelity = self._measured(capture)
+            fidelity = self._measured(capture, args.device)
         except BaseException as error:
             if not out_of_memory(error):
                 raise
@@ -232,14 +237,16 @@ class LoractCallback(TrainerCallback):
         if self.audits.exceeded(error):
             self._say(state, self._react(f"gradient error {error:.3g} at step {step}", self.audits))
 
-    def _measured(self, capture: Capture) -> Fidelity | None:
-        if not capture.upstream:
+    def _measured(self, capture: Capture, device: torch.device) -> Fidelity | None:
+        # A sharded model runs in all processes or in none.
+        if not (everyone(bool(capture.upstream), device) if is_sharded(capture.model) else capture.upstream):
             return None
         with self.paused() as plain:
             caches = _caches_off(plain)
             try:
                 with self.limited():
-                    return audit(plain, None, self.policy, capture.loss, reference=_REFERENCE, seed=self.seed)
+                    seed = rank_seed(self.seed)
+                    return audit(plain, None, self.policy, capture.loss, reference=_REFERENCE, seed=seed)
             finally:
                 _caches_back(caches)
 

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import _disable_current_modes  # pyright: igno
 from loract.device import agree, has_values
 from loract.functions.norm import NormRole
 from loract.policy import Kind, Site
+from loract.sharding import gathered
 
 PROBE_TOKENS = 4
 PROBE_SCALES = (1e-3, 1, 30)
@@ -128,7 +129,8 @@ def find_norm(module: nn.Module) -> NormRole | str | None:
     if len({own[n].shape for n in vectors}) > 1:
         return None
     features = own[vectors[0]].shape[0]
-    twin = copy.deepcopy(module)
+    with gathered(module):
+        twin = copy.deepcopy(module)
     like = own[vectors[0]]
     device = like.device if has_values(like) else torch.device("cpu")
     with _disable_current_modes(), torch.no_grad():
@@ -179,6 +181,13 @@ def find_gated(module: nn.Module) -> GatedRole | str | None:
     active = [n for n, c in children.items() if n not in linear and _parameterless(c)]
     if len(linear) != 3 or len(active) != 1 or len(children) != 4:
         return None
+    with gathered(module):
+        return _gated_role(module, children, linear, active[0])
+
+
+def _gated_role(
+    module: nn.Module, children: dict[str, nn.Module], linear: list[str], activation: str
+) -> GatedRole | str | None:
     order: list[str] = []
     hooks = [children[n].register_forward_hook(lambda *_, n=n: order.append(n)) for n in linear]
     try:
@@ -198,7 +207,7 @@ def find_gated(module: nn.Module) -> GatedRole | str | None:
     if len(order) != 3 or features_of(children[order[0]]) != features_of(children[order[1]]):
         return None
     for gate_first in (True, False):
-        role = GatedRole(first=order[0], second=order[1], down=order[2], activation=active[0], gate_first=gate_first)
+        role = GatedRole(first=order[0], second=order[1], down=order[2], activation=activation, gate_first=gate_first)
         width = (features_of(children[order[0]]) or (0, 0))[0]
         if same_forward(module, module.forward, lambda x, role=role: gated_forward(module, role, x), width):
             return role

@@ -25,6 +25,7 @@ from loract.functions.base import Autocast
 from loract.functions.checkpoint import TOKENS, Again
 from loract.functions.linear import dense_weight, supplied_linear
 from loract.saved import Index, Ledger
+from loract.sharding import is_unit
 from loract.watch import Mixing, Watch
 
 
@@ -186,6 +187,8 @@ class Region:
         token) is gone in backward.
         """
         for module in self.inner:
+            if is_unit(module):  # its weights are gone when its part has run, in the second run too
+                return f"parts of it are sharded by themselves ({type(module).__name__}): shard whole blocks"
             if module._forward_pre_hooks:
                 return f"arguments come from a hook ({type(module).__name__} has a forward pre-hook)"
             if any(not _dormant(hook) for hook in module._forward_hooks.values()):

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
+from accelerate import DistributedType, PartialState
 from transformers import TrainerCallback
 
 from loract.attach import attach
@@ -84,11 +84,15 @@ def train(
     `tell` receives sentences for the user. SIGINT or SIGTERM ends the run after the present step, with a checkpoint.
 
     Raises:
-        LoractError: the folder is in use, a checkpoint is damaged, the disk is full, the loss is not finite, no
-            policy makes a step fit into memory, or an audit ended the run (`on_excess: stop`), of which there is a
-            checkpoint.
+        LoractError: `fsdp` in a single process, the folder is in use, a checkpoint is damaged, the disk is full, the
+            loss is not finite, no policy makes a step fit into memory, or an audit ended the run (`on_excess: stop`),
+            of which there is a checkpoint.
     """
     config, state = ready.config, PartialState(cpu=not torch.accelerator.is_available())
+    if config.fsdp and state.distributed_type == DistributedType.NO:
+        raise LoractError(
+            "fsdp: true in a single process", "several", "torchrun --nproc-per-node N -m loract train CONFIG.yaml"
+        )
     run = Run(folder=Path(config.output_dir))
     if state.is_main_process:
         if resume:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -11,7 +12,10 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from accelerate import DistributedType, FullyShardedDataParallelPlugin, PartialState
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import CPUOffloadPolicy
 from transformers import DataCollatorWithPadding, PrinterCallback, Trainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from trl.trainer.sft_trainer import SFTTrainer
@@ -46,7 +50,13 @@ class RunTrainer(Trainer):
     _moments: Moments | None = None
 
     def setup(self, run: Run, compression: LoractCallback | None, start: Path | None, config: TrainConfig) -> None:
-        """Tell it about its run, before training."""
+        """Tell it about its run, before training.
+
+        Raises:
+            LoractError: accelerate shards a run that cannot be sharded.
+        """
+        if self.is_fsdp_enabled and (reason := config.unsharded()):
+            raise LoractError(reason, "DDP for this run", "launch it with torchrun, or accelerate launch --multi_gpu")
         self.run, self.compression, self.start, self.config = run, compression, start, config
         self.step_seconds: list[float] = []
         self._limit = config.activation_compression.limit()
@@ -57,6 +67,26 @@ class RunTrainer(Trainer):
         """The one of the present step, if it was made."""
         logs = self.state.log_history
         return next((log for log in logs if "eval_loss" in log and log["step"] == self.state.global_step), {})
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Shard on CPUs too, and refuse what accelerate's own configuration may ask for and loract cannot.
+
+        Raises:
+            LoractError: FSDP1, weights offloaded to the CPU, or checkpointing.
+        """
+        super().create_accelerator_and_postprocess()
+        shard_on_cpus(self)
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if plugin is None:
+            return
+        offloads = isinstance(plugin.cpu_offload, CPUOffloadPolicy)
+        for wrong, got, right in (
+            (plugin.fsdp_version != 2, "FSDP1", "fsdp_version: 2"),
+            (offloads, "weights offloaded to the CPU", "fsdp_offload_params: false"),
+            (plugin.activation_checkpointing, "activation checkpointing", "fsdp_activation_checkpointing: false"),
+        ):
+            if wrong:
+                raise LoractError(f"{got} in accelerate's configuration", "FSDP2 and nothing but FSDP2", f"set {right}")
 
     # Saving
 
@@ -90,6 +120,18 @@ class RunTrainer(Trainer):
         super()._save(output_dir, state_dict)
         if output_dir is not None:  # a pickle that nobody reads: config.yaml has it all
             (Path(output_dir) / "training_args.bin").unlink(missing_ok=True)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write what trains, in safetensors, whatever the processes hold of it."""
+        if not self.is_fsdp_enabled:
+            super().save_model(output_dir, _internal_call)
+            return
+        # The trainer's own would gather the frozen weights with it, or, where checkpoints are sharded, write nothing.
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=self.config.use_peft)
+        assert self.model is not None
+        trained = get_model_state_dict(self.model, options=options)
+        if self.args.should_save:
+            self._save(output_dir, state_dict=trained)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """None: PEFT writes one into the adapter's folder."""
@@ -208,7 +250,10 @@ class RunTrainer(Trainer):
         else:
             done = (state.epoch or 0) >= self.config.num_train_epochs
         if done:
-            self._load_from_checkpoint(str(self.start))
+            if self.is_fsdp_enabled:  # a model is sharded together with its optimizer alone, and only then evaluates
+                self._prepare_for_training(state.max_steps, self.get_train_dataloader(), str(self.start))
+            else:
+                self._load_from_checkpoint(str(self.start))
             self.state = state
         return done
 
@@ -294,7 +339,9 @@ class RunTrainer(Trainer):
     def _before(self) -> _Before | None:
         """What a retry needs; None: no retries. Other processes would wait for a part of a step that comes twice."""
         compression = self.compression
-        if compression is None or compression.handle is None or self.args.world_size > 1 or self.args.n_gpu > 1:
+        if compression is None or compression.handle is None:
+            return None
+        if self.is_fsdp_enabled or self.args.world_size > 1 or self.args.n_gpu > 1:
             return None
         if self._moments is None or self._moments.handle is not compression.handle:
             self._moments = Moments(compression.handle)
@@ -334,6 +381,22 @@ class _Before:
         sums.update({name: list(values) for name, values in self._sums.items()})
         for name, value in self._counters.items():
             setattr(self._trainer, name, value)
+
+
+def shard_on_cpus(trainer: Trainer) -> None:
+    """Accelerate ignores FSDP2 on CPUs; there it serves to try a run, or to test one, without accelerators."""
+    arguments: dict[str, Any] | None = trainer.args.fsdp_plugin_args
+    state = trainer.accelerator.state
+    wanted = arguments is not None or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    if not wanted or state.distributed_type != DistributedType.MULTI_CPU:
+        return
+    plugin = FullyShardedDataParallelPlugin(**(arguments or {}))
+    if state.mixed_precision != "no":
+        plugin.set_mixed_precision(state.mixed_precision)
+    # Accelerate takes the kind over from the one to the other time and again.
+    PartialState().distributed_type = state.distributed_type = DistributedType.FSDP
+    state.fsdp_plugin = plugin
+    trainer.is_fsdp_enabled = True
 
 
 _BASES: dict[Task, type[Any]] = {
