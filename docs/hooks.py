@@ -16,7 +16,13 @@ from typing import Any
 from mathml import mathml
 from mkdocs.structure.files import File
 
-OUTSIDE = {"README.md": "readme.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
+OUTSIDE = {
+    "README.md": "readme.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "CHANGELOG.md": "changelog.md",
+    "benchmarks/README.md": "studies.md",
+}
+"""Pages from outside `docs/`, and what they are called in the site."""
 REST = "In depth"
 """The section of pages that nobody listed and that are in no folder."""
 _LINK = re.compile(r"\]\((?![a-z]+:|#)([^)#\s]+)")
@@ -42,17 +48,20 @@ def on_config(config: Any) -> Any:
 
 
 def on_files(files: Any, config: Any) -> Any:
-    """Add the pages from outside."""
+    """Add the pages from outside, and the examples as they are."""
     root = Path(config.config_file_path).parent
     for name, page in OUTSIDE.items():
         files.append(File.generated(config, page, content=(root / name).read_text(encoding="utf-8")))
+    for path in sorted((root / "examples").glob("*.*")):
+        files.append(File.generated(config, f"examples/{path.name}", abs_src_path=str(path)))
     return files
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Lead links to where the pages are in the site, and set blocks apart."""
     uri = page.file.src_uri
-    here = "" if uri in OUTSIDE.values() else posixpath.join("docs", posixpath.dirname(uri))
+    source = next((name for name, inside in OUTSIDE.items() if inside == uri), f"docs/{uri}")
+    here = posixpath.dirname(source)
 
     def moved(link: re.Match[str]) -> str:
         target = posixpath.normpath(posixpath.join(here, link[1]))

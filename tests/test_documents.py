@@ -260,7 +260,8 @@ def test_the_site_has_every_page(site):
     readme = (site / "readme.html").read_text(encoding="utf-8")
     assert "<td>loract <code>balanced</code></td>" in readme
     assert 'href="training.html"' in readme
-    assert not (site / "hooks.py").exists()
+    assert (site / "examples" / "first_steps.ipynb").exists()
+    assert not list(site.glob("*.py"))
 
 
 def test_the_site_fetches_nothing(site):
