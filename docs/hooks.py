@@ -28,6 +28,7 @@ REST = "In depth"
 _LINK = re.compile(r"\]\((?![a-z]+:|#)([^)#\s]+)")
 _FENCE = re.compile(r"^ *(```|~~~)")
 _FORMULA = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL)
+_INLINE = re.compile(r"\\\((.*?)\\\)")
 _BLOCK = re.compile(r"^(?:(?P<list>[-*] |\d+\. )|(?P<table>\|))")
 
 
@@ -42,7 +43,7 @@ def on_config(config: Any) -> Any:
             section = next((item[name] for item in config.nav if isinstance(item, dict) and name in item), None)
             if section is None:
                 section = []
-                config.nav.append({name: section})
+                config.nav.insert(-1, {name: section})  # the last one is about the project
             section.append(page.as_posix())
     return config
 
@@ -71,8 +72,13 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     return "\n".join(_lines(markdown, moved)) + "\n"
 
 
-def on_page_content(html: str, **_: Any) -> str:
-    """Draw formulas."""
+def on_page_content(html: str, page: Any, **_: Any) -> str:
+    """Draw formulas, those of headings in the table of contents too."""
+    headings = list(page.toc)
+    while headings:
+        heading = headings.pop()
+        heading.title = _INLINE.sub(lambda found: mathml(unescape(found[1])), heading.title)
+        headings += heading.children
     return _FORMULA.sub(lambda found: mathml(unescape(found[3]), display=found[2] == "["), html)
 
 

@@ -81,6 +81,8 @@ ALPHABETS = {
     "mathbb": (0x1D538, dict(zip("CHNPQRZ", "ℂℍℕℙℚℝℤ"))),
     "mathcal": (0x1D49C, dict(zip("BEFHILMR", "ℬℰℱℋℐℒℳℛ"))),
 }
+FENCES = "()[]{}|‖⟨⟩"
+_FIXED = ' stretchy="false"'
 LIMITS = ("\\sum", "\\prod", "\\min", "\\max", "\\lim", "\\sup", "\\inf")
 _TOKEN = re.compile(r"\\(?:text|operatorname|mathrm)\{[^{}]*\}|\\[a-zA-Z]+|\\.|\d+(?:\.\d+)?|\S", re.DOTALL)
 
@@ -139,8 +141,10 @@ class _Formula:
             return f"<mrow>{self.row('}')}</mrow>"
         if token[0] == "\\":
             return self.command(token[1:])
-        tag = "mn" if token[0].isdigit() else "mi" if token.isalpha() else "mo"
-        return f"<{tag}>{'−' if token == '-' else escape(token)}</{tag}>"
+        if token[0].isdigit() or token.isalpha():
+            tag = "mn" if token[0].isdigit() else "mi"
+            return f"<{tag}>{token}</{tag}>"
+        return _operator("−" if token == "-" else token)
 
     def argument(self) -> str:
         """An atom, of a number the first digit alone."""
@@ -162,7 +166,7 @@ class _Formula:
             return f'<mspace width="{SPACES[name]}em"/>'
         if name in SIZES:
             sign = self.atom()
-            return "" if sign == "<mo>.</mo>" else sign
+            return "" if sign == "<mo>.</mo>" else sign.replace(_FIXED, "")
         if name in ACCENTS:
             return f'<mover accent="true">{self.atom()}<mo>{ACCENTS[name]}</mo></mover>'
         if name in ALPHABETS:
@@ -173,4 +177,9 @@ class _Formula:
             **dict.fromkeys(("frac", "tfrac", "dfrac"), lambda: f"<mfrac>{self.argument()}{self.argument()}</mfrac>"),
             "sqrt": lambda: f"<msqrt>{self.argument()}</msqrt>",
         }
-        return arguments[name]() if name in arguments else f"<mo>{escape(SIGNS[name])}</mo>"
+        return arguments[name]() if name in arguments else _operator(SIGNS[name])
+
+
+def _operator(sign: str) -> str:
+    """A sign. Fences grow with what they enclose only where a command says so."""
+    return f"<mo{_FIXED if sign in FENCES else ''}>{escape(sign)}</mo>"
