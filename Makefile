@@ -8,7 +8,7 @@ export HF_HUB_OFFLINE := 1
 # Test processes, a thread each; each may hold a model of half a gigabyte.
 WORKERS ?= 2
 
-.PHONY: demo test check bench setup clean
+.PHONY: demo test check bench docs setup clean
 
 demo: setup
 	$(BIN)/loract demo
@@ -26,6 +26,13 @@ bench: setup
 	$(BIN)/loract bench
 	$(BIN)/loract bench frontier
 
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+$(VENV)/.docs: $(STAMP)
+	$(BIN)/python -m pip install -q -c $(PINS) -e '.[docs]'
+	touch $@
+
 setup: $(STAMP)
 
 # torch first and by its pin: a range would pull the newest build, with CUDA.
@@ -37,4 +44,4 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $(STAMP)
 
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache
+	rm -rf $(VENV) site .pytest_cache .ruff_cache
