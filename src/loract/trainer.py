@@ -344,7 +344,8 @@ class _Before:
 
 def shard_on_cpus(trainer: Trainer) -> None:
     """Accelerate ignores FSDP2 on CPUs; there it serves to try a run, or to test one, without accelerators."""
-    arguments, state = trainer.args.fsdp_plugin_args, trainer.accelerator.state
+    arguments: dict[str, Any] | None = trainer.args.fsdp_plugin_args
+    state = trainer.accelerator.state
     wanted = arguments is not None or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
     if not wanted or state.distributed_type != DistributedType.MULTI_CPU:
         return
