@@ -334,3 +334,16 @@ def test_a_run_stays_within_its_memory_or_is_killed(tmp_path):
     (killed,) = (json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines())
     assert killed["part"] == "tokens"
     assert killed["exit"] < 0
+
+
+def test_a_long_run_is_looked_at_twice(tmp_path, capsys):
+    long_run = script("long_run")
+    long_run.main(("--moments", "3", "6", "--length", "32", "--out", str(tmp_path)), work())
+    first, last = lines(tmp_path)
+    assert (first["step"], last["step"]) == (3, 6)
+    assert first["saved_bytes"] == last["saved_bytes"] > 0
+    assert first["tensors"] == last["tensors"] > 0
+    assert last["resident_bytes"] > 0
+    table = (tmp_path / "table.md").read_text()
+    assert table.strip() in capsys.readouterr().out
+    assert [cell.strip() for cell in table.splitlines()[-1].split("|")[1:3]] == ["change", "+0.00 %"]

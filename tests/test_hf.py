@@ -52,7 +52,8 @@ def trainer(folder, *callbacks, model=None, **changes):
     )
 
 
-def sft_trainer(folder, *callbacks, **changes):
+def sft_trainer(folder, *callbacks, shortest=24, **changes):
+    """Rows of 24 tokens, or of all lengths from `shortest` on."""
     trl = pytest.importorskip("trl")
     datasets = pytest.importorskip("datasets")
     tokenizers = pytest.importorskip("tokenizers")
@@ -64,7 +65,9 @@ def sft_trainer(folder, *callbacks, **changes):
         eos_token="</s>",
     )
     changes = {"activation_checkpointing": False, "bf16": False, **changes}
-    data = datasets.Dataset.from_list([{"input_ids": row["input_ids"]} for row in rows()])
+    lengths = range(shortest, 25)
+    data = [{"input_ids": row["input_ids"][: lengths[i % len(lengths)]]} for i, row in enumerate(rows())]
+    data = datasets.Dataset.from_list(data)
     return trl.SFTTrainer(
         model=causal("llama"),
         args=trl.SFTConfig(**arguments(folder, **changes)),

@@ -361,6 +361,26 @@ def test_a_failed_micro_batch_is_as_if_it_had_begun_with_the_smaller_policy(
     assert logged == [(n, 1 if n >= step else None) for n in range(1, 5)]
 
 
+def test_a_codec_that_runs_out_of_memory_is_no_different(files, spy, tmp_path, monkeypatch):
+    """In the middle of the third micro-batch's forward pass, when some sites are coded already."""
+    go(files, tmp_path / "swapped", CODED, callbacks=[Swap(spy, 2)])
+    encode, calls = loract.LowRank.encode, [0]
+
+    def failing(codec, *args):
+        calls[0] += codec.rank == 0.25
+        if calls[0] == failing.at and codec.rank == 0.25:
+            raise torch.OutOfMemoryError("no memory left on this device")
+        return encode(codec, *args)
+
+    failing.at = 0
+    monkeypatch.setattr(loract.LowRank, "encode", failing)
+    go(files, tmp_path / "counted", CODED)
+    failing.at, calls[0] = calls[0] * 5 // 8, 0  # of four steps
+    result = go(files, tmp_path / "failed", CODED)
+    assert (result.steps, result.finished, result.rung) == (4, True, 1)
+    same_runs(tmp_path / "failed", tmp_path / "swapped", {"loract/rung"})
+
+
 def test_several_rungs_in_one_micro_batch(files, spy, tmp_path, monkeypatch):
     go(files, tmp_path / "plain", {"preset": "balanced", "audit_every": 0}, lora_dropout=0.1)
     expected, spy.ids = spy.ids, []

@@ -25,14 +25,45 @@ def folder(tmp_path_factory):
     return path
 
 
-def quantised(folder, dtype=torch.float32):
-    """Loaded in 4 bits as a user would, with adapters on every linear layer but the head."""
-    config = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+def double(dtype):
+    return transformers.BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+
+
+def int8(dtype):
+    return transformers.BitsAndBytesConfig(load_in_8bit=True)
+
+
+def torchao(dtype):
+    quantization = pytest.importorskip("torchao.quantization")
+    return transformers.TorchAoConfig(quant_type=quantization.Int8WeightOnlyConfig())
+
+
+def dynamic(dtype):
+    quantization = pytest.importorskip("torchao.quantization")
+    return transformers.TorchAoConfig(quant_type=quantization.Int8DynamicActivationInt8WeightConfig())
+
+
+BASES = [double, int8, torchao, dynamic]
+
+
+def load(folder, config, dtype):
+    """Adapters on every linear layer but the head."""
     base = transformers.AutoModelForCausalLM.from_pretrained(
         folder, quantization_config=config, dtype=dtype, device_map={"": "cpu"}
     )
     torch.manual_seed(0)
-    model = lora(base)
+    return lora(base)
+
+
+def quantised(folder, dtype=torch.float32):
+    """Loaded in 4 bits as a user would."""
+    config = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+    model = load(folder, config, dtype)
     assert sum(isinstance(m, bnb.nn.Linear4bit) for m in model.modules()) == FAMILIES["llama"]["adapter_input"]
     return model
 
@@ -162,3 +193,45 @@ def test_regions_over_four_bits(folder, monkeypatch, name, codec, tolerance):
     assert supplied.count(False) == {"sublayer": 4, "layer": 2}[name]  # trailing projections, dequantised for backward
     from_factors = isinstance(codec, loract.LowRank) and name == "sublayer"
     assert supplied.count(True) == (10 if from_factors else 0)  # q, k, v, gate and up of two layers
+
+
+WANTED = {  # the least that every base allows, and the error of a gradient
+    "exact": ("exact", 1e-5, 0.9),
+    "full-rank": (FULL, 1e-3, None),
+    "balanced": ("balanced", 0.05, 0.12),
+    "sublayer": (loract.preset("sublayer", codec=loract.Exact()), 1e-5, 0.18),
+}
+
+
+@pytest.mark.parametrize("policy", WANTED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("base", BASES)
+def test_other_bases(folder, base, dtype, policy):
+    """Every site acts, sublayers run again, values stay, whoever multiplies by the base."""
+    chosen, tolerance, share = WANTED[policy]
+    tolerance = max(tolerance, 0.02) if dtype == torch.bfloat16 else tolerance
+    model, ids = load(folder, base(dtype), dtype), tokens()
+    held = [*model.parameters(), *model.buffers()]
+    body = model.get_base_model().model
+    logits, expected = step(model, ids)
+    before, _ = saved_bytes(lambda: body(input_ids=ids, use_cache=False).last_hidden_state, held)
+    with loract.attach(model, chosen) as handle:
+        for _ in range(2):
+            ours, gradients = step(model, ids)
+            assert torch.equal(ours, logits)
+            assert (gradients - expected).norm() <= tolerance * expected.norm()
+        after, _ = saved_bytes(lambda: body(input_ids=ids, use_cache=False).last_hidden_state, held)
+    assert handle.left == []
+    again = policy in ("balanced", "sublayer")
+    assert all(s.calls for s in handle.stats() if not again or s.kind in ("sublayer", "stream", "norm"))
+    assert share is None or after <= share * before
+
+
+def test_four_bits_run_again_in_bf16(folder):
+    """As QLoRA trains: PEFT rounds what the adapter adds before it is added."""
+    model, ids = quantised(folder, torch.bfloat16), tokens()
+    logits, _ = step(model, ids)
+    with loract.attach(model, "balanced") as handle:
+        assert torch.equal(step(model, ids)[0], logits)
+    assert handle.left == []
+    assert sum(s.calls for s in handle.stats() if s.kind == "sublayer") == 4

@@ -92,6 +92,14 @@ def test_the_sum_is_kept_wide(dtype):
 # -- models -------------------------------------------------------------------------------------------------------
 
 
+def test_growth_costs_digits_of_the_beginning():
+    """No coding error here: what is left of x after x + 10,000 y is taken apart again, in fp32."""
+    x, y = torch.randn(2, 64, 16, generator=torch.Generator().manual_seed(0))
+    chain = Chain(state=x.clone())
+    chain.push(x + 1e4 * y, Exact().encode)
+    assert 1e-5 < relative(chain.decode(0, x.dtype), x) < 1e-3
+
+
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_exact_steps_give_exact_gradients(family):
     model, batch = tiny.build(family, dtype=torch.float64)

@@ -1,6 +1,7 @@
 """Imports point one way, the core needs torch alone, and torch.linalg stays in one module."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -42,6 +43,7 @@ ORDER = [
     "timeline",
     "audit",
     "atlas",
+    "plainyaml",
     "policyfile",
     "ladder",
     "budget",
@@ -115,3 +117,16 @@ def test_hf_is_reached_from_the_package():
     assert loract.hf.LoractCallback.__module__ == "loract.hf"
     with pytest.raises(AttributeError, match="no attribute 'hff'"):
         _ = loract.hff
+
+
+def test_every_test_that_the_documents_name_exists():
+    tests = Path(__file__).parent
+    page = (tests.parent / "docs" / "faults.md").read_text()
+    named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", page)
+    tables = page.partition("A long run")[0] + page.partition("## Files")[2]
+    rows = [line for line in tables.splitlines() if line.startswith("| ") and not re.search(r"---|\| test \|$", line)]
+    assert len(rows) > 30
+    assert all(re.search(r"`test_\w+\.py::test_\w+` \|$", row) for row in rows)
+    for file, name in named:
+        tree = ast.parse((tests / file).read_text())
+        assert name in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}, f"{file}::{name}"

@@ -20,11 +20,11 @@ from PIL import Image
 
 import loract
 from loract import LoractError
-from loract.config import TrainConfig
+from loract.config import Compression, TrainConfig
 from loract.tasks import Ready, prepare
 from loract.train import plan, train
 from loract.trainer import make_trainer
-from training import losses, metrics, save_model, settings, texts, write_config, write_rows
+from training import losses, metrics, remembering, save_model, settings, texts, write_config, write_rows
 
 HERE = Path(__file__).parent
 TENSOR = {"preset": "tensor", "rank": 0.25, "fidelity_steps": 2}
@@ -316,6 +316,29 @@ def test_killed_at_three_moments_and_resumed(model, data, tmp_path):
     ours, theirs = adapter_of(tmp_path / "part"), adapter_of(tmp_path / "whole")
     assert all(torch.equal(ours[name], theirs[name]) for name in ours.keys() | theirs.keys())
     assert not [p for p in (tmp_path / "part").iterdir() if p.name.startswith(".")]
+
+
+def test_a_policy_that_remembers_is_resumed_after_kills_inside_a_step_and_a_file(model, data, tmp_path, monkeypatch):
+    """As a module runs again in backward, and while a checkpoint's file is half written."""
+    monkeypatch.setattr(Compression, "policy", lambda _: remembering())
+    values = settings(model, data, tmp_path / "whole", activation_compression={"audit_every": 0}, max_steps=7)
+    go(values)
+    states = json.loads((tmp_path / "whole" / "checkpoint-6" / "loract_state_0.json").read_text())["sites"]
+    kinds = {name.rpartition("/")[2] for name, state in states.items() if state["memory"].get("basis")}
+    assert kinds == {"stream"}
+    assert any(state["rank"] is not None for state in states.values())
+    part = {**values, "output_dir": str(tmp_path / "part")}
+    config = write_config(tmp_path / "part.yaml", part)
+    for moment, count, left in (("recompute", 10, "checkpoint-2"), ("write", 3, "checkpoint-2")):
+        died = script(config, moment, count, "remembering")
+        assert died.returncode == -signal.SIGKILL, died.stderr
+        names = sorted(p.name for p in (tmp_path / "part").glob("checkpoint-*"))
+        assert (moment, names[-1]) == (moment, left)
+    assert list((tmp_path / "part").glob(".saving-checkpoint-*/checkpoint-*/*.pt"))
+    assert go(part, resume=True).finished
+    assert losses(tmp_path / "part") == losses(tmp_path / "whole")
+    ours, theirs = adapter_of(tmp_path / "part"), adapter_of(tmp_path / "whole")
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours.keys() | theirs.keys())
 
 
 def test_a_corrupt_checkpoint_falls_back(model, data, tmp_path):

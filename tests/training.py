@@ -1,7 +1,9 @@
 """Tiny folders to train from: models with tokenizers, data, configurations. As a script: a run that dies on purpose.
 
-python training.py CONFIG MOMENT N: trains (resuming if there is a run) and kills itself with SIGKILL at the Nth
-`step` (inside its backward pass), `seal` (a checkpoint written but not complete) or `rename` (complete, not published).
+python training.py CONFIG MOMENT N [remembering]: trains (resuming if there is a run) and kills itself with SIGKILL at
+the Nth `step` (before its backward pass), `recompute` (inside one, as a module runs again), `write` (one file of a
+checkpoint half written), `seal` (all written but not complete) or `rename` (complete, not published). `remembering`:
+under the policy of that name instead of the configuration's.
 """
 
 import json
@@ -88,7 +90,26 @@ def metrics(folder):
     return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
 
 
+def remembering():
+    """A policy of which everything that lasts from step to step is part of the result.
+
+    The residual stream in coded steps with bases that are kept and warm-started, ranks that follow spectra, and random
+    streams.
+    """
+    import loract
+
+    step = loract.Transform(bits=6.0, refresh=3, guard=False)
+    ranks = loract.LowRank(rank=0.25, tolerance=0.05, guard=False)
+    noise = loract.Quantized(bits=6, stochastic=True, guard=False)
+    again = {"gated": ranks, "adapter_input": noise}
+    codecs = {"stream": step, "sublayer": loract.Exact(), **again}
+    rules = [loract.Rule(kind=kind, codec=codec) for kind, codec in codecs.items()]
+    rules += [loract.Rule(kind=kind, codec=codec, recomputed=True) for kind, codec in again.items()]
+    return loract.Policy(name="remembering", rules=tuple(rules))
+
+
 def _die_at(moment, count):
+    import loract.region
     import loract.runs
     import loract.train
 
@@ -109,6 +130,23 @@ def _die_at(moment, count):
         Path.rename = dying(Path.rename)
     elif moment == "step":
         torch.autograd.backward = dying(torch.autograd.backward)
+    elif moment == "recompute":
+        loract.region.Region._rerun = dying(loract.region.Region._rerun)
+    elif moment == "write":
+        torch.save = _half(torch.save, dying(lambda: None))
+
+
+def _half(save, die):
+    """A `torch.save` that has written the first half of a file when it dies."""
+
+    def saving(value, file, *args, **kwargs):
+        save(value, file, *args, **kwargs)
+        if isinstance(file, (str, os.PathLike)):
+            os.truncate(file, os.path.getsize(file) // 2)
+            die()
+            save(value, file, *args, **kwargs)
+
+    return saving
 
 
 if __name__ == "__main__":
@@ -117,7 +155,9 @@ if __name__ == "__main__":
     from loract.tasks import prepare
     from loract.train import train
 
-    name, moment, count = sys.argv[1:]
+    name, moment, count, *policy = sys.argv[1:]
     config = load_config(name)
+    if policy:
+        type(config.activation_compression).policy = lambda _: remembering()
     _die_at(moment, int(count))
     train(prepare(config), resume=(Path(config.output_dir) / "config.yaml").exists())

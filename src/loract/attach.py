@@ -54,12 +54,22 @@ ACTIVATION_FEATURES = 1024
 
 
 class _Forward(Uncopied):
-    """A module's replaced forward."""
+    """A module's replaced forward. torch.compile leaves it out: it would trace once what is decided at each call."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self.__wrapped__ = function  # inspect.signature follows it
+        self._run = torch.compiler.disable(self._checked)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._run(*args, **kwargs)
+
+    def _checked(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.is_grad_enabled() and torch._C._are_functorch_transforms_active():
+            raise LoractError(
+                "a torch.func transform (grad, vmap, jvp) of an attached model",
+                "ordinary autograd",
+                "call handle.detach() before the transform",
+            )
         return self.__wrapped__(*args, **kwargs)
 
 
@@ -69,6 +79,8 @@ class _AdapterCall:
 
     x: Tensor
     packed: Packed | None = None
+    begun: bool = False
+    """Whether one of its adapters has run: several may be active at once."""
 
 
 class Handle(Uncopied):
@@ -96,8 +108,12 @@ class Handle(Uncopied):
         self.left = list(found.left)
         setattr(self.model, _MARK, self)
         self._undo.append(lambda: delattr(self.model, _MARK))
+        regions = find_regions(self.model, found)
+        self._order = {id(module): place for place, module in enumerate(self.model.modules())}
+        blocks = [item.module for item in regions if item.site.kind == "layer"]
+        self._blocks = [(block, max(self._order[id(m)] for m in block.modules())) for block in blocks]
         # A region may be the module of another site too: it then runs that site's forward, so it comes last.
-        for item in (*found.sites, *find_regions(self.model, found)):
+        for item in (*found.sites, *regions):
             item = self._streamed(item)
             codec = self.policy.codec(item.site)
             if codec is None:
@@ -237,20 +253,26 @@ class Handle(Uncopied):
         def forward(x: Tensor) -> Tensor:
             if not torch.is_grad_enabled() or not a.weight.requires_grad:
                 return original(x)
-            site.begin(x.numel() * x.element_size())
-            stack = self._stack()
+            stack, size = self._stack(), x.numel() * x.element_size()
+            call = stack[-1] if stack else _AdapterCall(x)
             dropped = dropout.training and getattr(dropout, "p", 0.0) > 0
+            own = dropped or call.x.shape != x.shape
+            if not call.begun:
+                site.begin(size)
+            elif own:
+                site.stats.bytes_before += size
+            call.begun = True
             # Before PEFT's cast the tensor is the one that the other projections and the norm know.
-            if not stack or dropped or stack[-1].x.shape != x.shape:
+            if own:
                 return adapter_product(x, a.weight, site.share(x), original)
-            packed = stack[-1].packed = site.share(stack[-1].x)
-            return adapter_product(x, a.weight, packed, original)
+            call.packed = site.share(call.x)
+            return adapter_product(x, a.weight, call.packed, original)
 
         return forward
 
     def _patch_norm(self, item: Found, site: RunningSite) -> None:
         module, role = item.module, item.role
-        original = module.forward
+        original, readers = module.forward, self._readers(module)
         assert isinstance(role, NormRole)
 
         def forward(x: Tensor) -> Tensor:
@@ -260,9 +282,10 @@ class Handle(Uncopied):
             if not torch.is_grad_enabled():
                 return original(x)
             if site.site.kind == "stream" and not self.ledger.recomputing:
-                if not trains:
+                if trains:
+                    return self._stream_norm(x, weight, bias, site, role, original)
+                if any(p.requires_grad for block in readers for p in block.parameters()):
                     return self._stream_start(x, site, original)
-                return self._stream_norm(x, weight, bias, site, role, original)
             if not trains:  # autograd saves nothing for it; what its readers need they pack themselves
                 site.begin(0)
                 return original(x)
@@ -281,6 +304,11 @@ class Handle(Uncopied):
             return y
 
         self._set(module, "forward", forward)
+
+    def _readers(self, norm: nn.Module) -> list[nn.Module]:
+        """The blocks that may read what the norm begins: its own and those after it; all where there are none."""
+        later = [block for block, end in self._blocks if end > self._order[id(norm)]]
+        return later if self._blocks else [self.model]
 
     def _stream_norm(
         self, x: Tensor, weight: Tensor | None, bias: Tensor | None, site: RunningSite, role: NormRole, original: Any
@@ -379,7 +407,7 @@ class Handle(Uncopied):
                 reason = "chooses by its inputs, and a coded input could choose otherwise"
             if reason is not None:
                 self._leave(item, reason)
-                return region.forward(*args, **kwargs)
+                return region.plain(*args, **kwargs)
             site.begin(0)
             known = {id(t): site.share(t) for t in coded}
             site.keep(*(t for t in tensors if id(t) not in known))

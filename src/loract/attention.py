@@ -181,7 +181,7 @@ def register() -> None:
         with Coding(site, parts, forward):
             return inner(grouped, query, key, value, mask, **kw)
 
-    ALL_ATTENTION_FUNCTIONS.register(ATTENTION, attention)
+    ALL_ATTENTION_FUNCTIONS.register(ATTENTION, torch.compiler.disable(attention))
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from loract.policy import Kind, Site
-from loract.recognize import ActivationRole, AdapterRole, Found, Recognised, features_of, find_attention
+from loract.recognize import ActivationRole, AdapterRole, Found, Recognised, base_of, features_of, find_attention
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,9 +89,11 @@ def _sublayers(parent: nn.Module, roles: dict[int, Any]) -> Iterator[nn.Module]:
         elif features_of(child) is not None:
             if activated:
                 yield child
+        elif _experts(child):
+            yield child
         elif isinstance(child, (nn.ModuleList, nn.ModuleDict)) or _has_stream_norm(child) or _mixes(child):
             yield from _sublayers(child, roles)
-        elif _experts(child) or _linears(child):
+        elif _linears(child):
             yield child
 
 
@@ -126,9 +128,10 @@ def _has_stream_norm(module: nn.Module) -> bool:
 
 
 def _experts(module: nn.Module) -> bool:
-    """Experts as stacked weights (experts, out, in)."""
-    convolution = isinstance(module, nn.modules.conv._ConvNd)
-    return not convolution and any(p.dim() == 3 for p in module.parameters(recurse=False))
+    """Experts as stacked weights (experts, out, in), with or without adapters around them."""
+    base = base_of(module)
+    convolution = isinstance(base, nn.modules.conv._ConvNd)
+    return not convolution and any(p.dim() == 3 for p in base.parameters(recurse=False))
 
 
 def _mixes(module: nn.Module) -> bool:

@@ -5,6 +5,7 @@ Read from YAML without tags, changed by `--key value` pairs, validated as a whol
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -13,19 +14,21 @@ from loract.audit import Audits, OnExcess
 from loract.errors import InvalidSpec, LoractError, MissingExtra, nearest
 from loract.memory import parse_bytes
 from loract.optim import Projection
+from loract.plainyaml import NotPlain, parse, read_mapping, written
 from loract.policy import DEFAULT, Policy, parse_policy, parse_rank
 from loract.rangefinder import Gaussian, RangeFinder, Sampled, Truncated
 
 try:
-    import yaml
     from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 except ImportError as missing:
-    raise MissingExtra(f"no {missing.name}", "pydantic and PyYAML", "pip install 'loract[all]'") from missing
+    raise MissingExtra(f"no {missing.name}", "pydantic", "pip install 'loract[all]'") from missing
 
 Task = Literal["text-generation", "text-classification", "image-classification"]
 TASKS: tuple[Task, ...] = get_args(Task)
 Share = Annotated[float, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
+LONGEST_VALUE = 200
+"""Characters of a value that a message repeats."""
 Positive = Annotated[float, Field(gt=0)]
 
 
@@ -314,6 +317,18 @@ class TrainConfig(TrainingOptions, DataOptions, ModelOptions):
     activation_compression: Compression = Compression()
     gradient_compression: GradientCompression = GradientCompression()
 
+    @field_validator("model_name_or_path", "dataset_name", "eval_dataset_name", "chat_template_path", "output_dir")
+    @classmethod
+    def _can_be_a_path(cls, value: str | None) -> str | None:
+        try:
+            Path(value or "").expanduser().lstat()
+        except OSError as error:
+            if error.errno == errno.ENAMETOOLONG:
+                raise ValueError("no name that the file system takes: too long") from None
+        except (RuntimeError, ValueError) as error:  # an unknown user after ~, a zero byte
+            raise ValueError(f"no name that the file system takes: {error}") from None
+        return value
+
     @model_validator(mode="after")
     def _consistent(self) -> TrainConfig:
         if (self.model_name_or_path is None) == (self.model_type is None):
@@ -363,7 +378,7 @@ class TrainConfig(TrainingOptions, DataOptions, ModelOptions):
 
     def yaml(self) -> str:
         """The resolved configuration, every key written out."""
-        return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True)
+        return written(self.model_dump())
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
@@ -372,7 +387,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
     Raises:
         LoractError: no such file, not YAML or with tags, an unknown key (the nearest is named), a bad value.
     """
-    values = _mapping(Path(path))
+    values = read_mapping("config", Path(path), "write one with: loract init")
     for key, value in _pairs(overrides):
         block, *names = key.split(".")
         target = values
@@ -387,33 +402,6 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
         raise _explained(error) from None
 
 
-def _mapping(path: Path) -> dict[str, Any]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not a text file"
-        raise LoractError(f"config {str(path)!r} ({reason})", "a YAML file", "write one with: loract init") from None
-    try:
-        values = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        reason = " ".join(str(error).split())
-        raise LoractError(f"config {str(path)!r} ({reason})", "plain YAML without tags", "correct that line") from None
-    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
-        raise LoractError(f"config {str(path)!r} without keys", "lines like `key: value`", "see loract init")
-    return values
-
-
-class _Loader(yaml.SafeLoader):
-    """Safe YAML in which a key given twice is an error instead of the last one winning silently."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-        """A dict of the node's pairs."""
-        keys = [key.value for key, _ in node.value]
-        if (twice := next((key for key in keys if keys.count(key) > 1), None)) is not None:
-            raise yaml.constructor.ConstructorError(None, None, f"key {twice!r} is given twice", node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
 def _pairs(overrides: Sequence[str]) -> Iterator[tuple[str, Any]]:
     words = list(overrides)
     while words:
@@ -426,8 +414,8 @@ def _pairs(overrides: Sequence[str]) -> Iterator[tuple[str, Any]]:
                 raise LoractError(f"--{key} without a value", "pairs like --learning_rate 1e-4", "add the value")
             text = words.pop(0)
         try:
-            yield key.replace("-", "_"), yaml.safe_load(text)
-        except yaml.YAMLError:
+            yield key.replace("-", "_"), parse(text)
+        except NotPlain:
             yield key.replace("-", "_"), text
 
 
@@ -446,7 +434,7 @@ def _explained(error: ValidationError) -> LoractError:
         return InvalidSpec(f"no key {where!r}{more}", "this key, which has no default", f"add a line `{where}: ...`")
     if first["type"] == "literal_error":
         known = [word.strip("' ") for word in context["expected"].replace(" or ", ", ").split(",")]
-        got = f"{where}={first['input']!r}{more}"
+        got = f"{where}={_shown(first['input'])}{more}"
         return InvalidSpec(got, f"one of {', '.join(known)}", nearest(str(first["input"]), known))
     reason = context.get("error")
     if isinstance(reason, LoractError):
@@ -454,7 +442,14 @@ def _explained(error: ValidationError) -> LoractError:
     message = first["msg"].removeprefix("Value error, ")
     if not where:
         return InvalidSpec(f"keys that do not fit{more}", message, "correct the configuration")
-    return InvalidSpec(f"{where}={first['input']!r}{more}", message[0].lower() + message[1:], "correct this value")
+    return InvalidSpec(
+        f"{where}={_shown(first['input'])}{more}", message[0].lower() + message[1:], "correct this value"
+    )
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= LONGEST_VALUE else f"{text[:LONGEST_VALUE]}..."
 
 
 _BLOCKS: dict[str | int, type[_Block]] = {

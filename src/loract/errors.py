@@ -6,6 +6,9 @@ import difflib
 from collections.abc import Iterable
 from typing import NoReturn
 
+LONGEST_REASON = 300
+"""Characters of another library's message that one of ours repeats."""
+
 
 class LoractError(ValueError):
     """A user's mistake or an unmet condition.
@@ -32,8 +35,9 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def reason(error: BaseException) -> str:
-    """The first line of another library's message; the exception's name where it has none."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    """The beginning of another library's message, of its first line; the exception's name where it has none."""
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return line if len(line) <= LONGEST_REASON else f"{line[:LONGEST_REASON]}..."
 
 
 class Uncopied:

@@ -95,3 +95,9 @@ def iterated_eigenvectors(symmetric: Tensor) -> Tensor:
 def singular_values(x: Tensor) -> Tensor:
     """Singular values of x in descending order."""
     return torch.linalg.svdvals(promote(x))
+
+
+def singular_vectors(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """U (N, m), singular values (m,) in descending order and V (n, m) of x (N, n), m = min(N, n)."""
+    u, values, vt = torch.linalg.svd(promote(x), full_matrices=False)
+    return u, values, vt.T

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,21 +30,28 @@ def read_architecture(config: TrainConfig, source: str | None) -> Any:
     if source is None:
         try:
             return AutoConfig.for_model(str(config.model_type), **config.config_overrides)
-        except (ValueError, TypeError) as error:
-            raise LoractError(f"model_type {config.model_type!r}", "one that transformers knows", str(error)) from None
+        except Exception as error:  # of what is overridden too
+            got = f"model_type {config.model_type!r} with config_overrides {config.config_overrides!r}"
+            raise LoractError(got, "what transformers knows", reason(error)) from None
     folder = Path(source)
     if folder.is_dir():
         _refuse_pickles(folder)
-    with quiet():
-        try:
-            return AutoConfig.from_pretrained(
-                source,
-                revision=config.model_revision or "main",
-                trust_remote_code=config.trust_remote_code,
-                **config.config_overrides,
-            )
-        except (OSError, ValueError) as error:
-            raise LoractError(f"model {source!r} ({reason(error)})", "a model's folder or name", "check it") from None
+    with quiet(), _reading(f"model {source!r}", "a model's folder or name", "check it"):
+        return AutoConfig.from_pretrained(
+            source,
+            revision=config.model_revision or "main",
+            trust_remote_code=config.trust_remote_code,
+            **config.config_overrides,
+        )
+
+
+@contextmanager
+def _reading(got: str, expected: str, next_step: str) -> Generator[None]:
+    """Whatever a reader raises becomes one line: each kind of file has exceptions of its own."""
+    try:
+        yield
+    except Exception as error:
+        raise LoractError(f"{got} ({reason(error)})", expected, next_step) from error
 
 
 def _refuse_pickles(folder: Path) -> None:
@@ -70,11 +80,8 @@ def read_tokenizer(config: TrainConfig, source: str) -> Any:
     Raises:
         LoractError: there is none.
     """
-    with quiet():
-        try:
-            return AutoTokenizer.from_pretrained(source, trust_remote_code=config.trust_remote_code)
-        except (OSError, ValueError) as error:
-            raise LoractError(f"no tokenizer in {source!r} ({reason(error)})", "tokenizer files", "add them") from None
+    with quiet(), _reading(f"no tokenizer in {source!r}", "tokenizer files", "add them"):
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=config.trust_remote_code)
 
 
 def sequence_length(config: TrainConfig, architecture: Any, tokenizer: Any) -> int:
@@ -100,10 +107,8 @@ def read_image_processor(architecture: Any, source: str | None) -> Any:
     """
     with quiet():
         if source is not None:
-            try:
+            with _reading(f"no image processor in {source!r}", "its file", "add it"):
                 return AutoImageProcessor.from_pretrained(source)
-            except (OSError, ValueError) as error:
-                raise LoractError(f"no image processor in {source!r} ({reason(error)})", "its file", "add it") from None
         size = getattr(architecture, "image_size", None)
         if size is None:
             raise LoractError(f"model_type {architecture.model_type!r}", "one with an image_size", "use vit")
@@ -138,33 +143,29 @@ def load_model(config: TrainConfig, source: str | None, architecture: Any) -> An
     if config.quantised and dtype == "auto":
         dtype = "bfloat16"  # all of it: attention refuses a mixture of the checkpoint's dtype and the products'
     options: dict[str, Any] = {"attn_implementation": config.attn_implementation}
-    with quiet():
-        try:
-            if source is None:
-                model: Any = auto.from_config(architecture, dtype="float32" if dtype == "auto" else dtype, **options)
-            else:
-                if config.quantised == 4:
-                    options["quantization_config"] = transformers.BitsAndBytesConfig(
-                        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
-                    )
-                elif config.quantised == 8:
-                    options["quantization_config"] = transformers.BitsAndBytesConfig(load_in_8bit=True)
-                model = auto.from_pretrained(
-                    source,
-                    config=architecture,
-                    dtype=dtype,
-                    use_safetensors=True,
-                    revision=config.model_revision or "main",
-                    trust_remote_code=config.trust_remote_code,
-                    **options,
+    with quiet(), _reading(f"model {source or config.model_type!r}", "its weights", "check it"):
+        if source is None:
+            model: Any = auto.from_config(architecture, dtype="float32" if dtype == "auto" else dtype, **options)
+        else:
+            if config.quantised == 4:
+                options["quantization_config"] = transformers.BitsAndBytesConfig(
+                    load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
                 )
-        except (OSError, ValueError, RuntimeError, ImportError) as error:
-            raise LoractError(
-                f"model {source or config.model_type!r} ({reason(error)})", "its weights", "check it"
-            ) from (error)
-        for module in packing(model):
-            setattr(module, PACKS, False)
-        if config.use_peft:
+            elif config.quantised == 8:
+                options["quantization_config"] = transformers.BitsAndBytesConfig(load_in_8bit=True)
+            model = auto.from_pretrained(
+                source,
+                config=architecture,
+                dtype=dtype,
+                use_safetensors=True,
+                revision=config.model_revision or "main",
+                trust_remote_code=config.trust_remote_code,
+                **options,
+            )
+    for module in packing(model):
+        setattr(module, PACKS, False)
+    if config.use_peft:
+        with quiet():
             model = _with_adapters(model, config)
     return model.train()
 
@@ -183,7 +184,7 @@ def _with_adapters(model: Any, config: TrainConfig) -> Any:
     )
     try:
         adapted: Any = peft.get_peft_model(model, options)
-    except ValueError as error:
+    except (ValueError, re.error) as error:  # a name may be a pattern
         raise LoractError(
             f"lora_target_modules={config.lora_target_modules!r} ({reason(error)})",
             "names of linear layers",

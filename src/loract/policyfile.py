@@ -11,7 +11,8 @@ from torch import nn
 
 from loract.blocks import find_regions
 from loract.codecs import Codec, Exact, LowRank, Quantized, Transform
-from loract.errors import InvalidSpec, LoractError, MissingExtra, nearest
+from loract.errors import InvalidSpec, LoractError, nearest
+from loract.plainyaml import read_mapping, written
 from loract.policy import Policy, Rule
 from loract.rangefinder import Gaussian, Sampled, Truncated
 from loract.recognize import recognize
@@ -51,12 +52,11 @@ def save_policy(policy: Policy, path: str | Path, model: nn.Module | None = None
         LoractError: a codec that is not in `CODECS`, or a file that cannot be written.
         MissingExtra: PyYAML is not installed.
     """
-    yaml = _yaml()
     values: dict[str, Any] = {"policy": policy.name, "rules": [_rule_values(rule) for rule in policy.rules]}
     if model is not None:
         values["model"] = type(model).__name__
         values["sites"] = _sites(model)
-    text: str = yaml.safe_dump(values, sort_keys=False, default_flow_style=None, width=120, allow_unicode=True)
+    text = written(values, default_flow_style=None, width=120)
     try:
         Path(path).write_text(text, encoding="utf-8")
     except OSError as error:
@@ -73,7 +73,7 @@ def load_policy(path: str | Path, model: nn.Module | None = None) -> Policy:
         LoractError: no such file, not plain YAML, or another model (the first difference is named).
         MissingExtra: PyYAML is not installed.
     """
-    values = _read(Path(path))
+    values = read_mapping("policy file", Path(path), "write one with save_policy")
     _known("key", values, ("policy", "rules", "model", "sites"))
     rules = values.get("rules")
     if not isinstance(rules, list) or not rules:
@@ -178,34 +178,3 @@ def _known(what: str, values: Mapping[str, Any], known: Sequence[str] | Mapping[
         if key not in known:
             expected = f"one of {', '.join(known)}" if known else "no fields"
             raise InvalidSpec(f"unknown {what} {key!r}", expected, nearest(key, known) if known else f"drop {key}")
-
-
-def _read(path: Path) -> dict[str, Any]:
-    yaml = _yaml()
-
-    class Loader(yaml.SafeLoader):
-        """A key given twice is an error instead of the last one winning silently."""
-
-        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-            keys = [key.value for key, _ in node.value]
-            if (twice := next((key for key in keys if keys.count(key) > 1), None)) is not None:
-                raise yaml.constructor.ConstructorError(None, None, f"key {twice!r} is given twice", node.start_mark)
-            return super().construct_mapping(node, deep)
-
-    try:
-        values = yaml.load(path.read_text(encoding="utf-8"), Loader=Loader)
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not a text file"
-        raise LoractError(f"policy {str(path)!r} ({reason})", "a YAML file", "write one with save_policy") from None
-    except yaml.YAMLError as error:
-        reason = " ".join(str(error).split())
-        raise LoractError(f"policy {str(path)!r} ({reason})", "plain YAML without tags", "correct that line") from None
-    return _mapping("policy file", values)
-
-
-def _yaml() -> Any:
-    try:
-        import yaml
-    except ImportError as missing:
-        raise MissingExtra("no PyYAML", "it, for policy files", "pip install 'loract[train]'") from missing
-    return yaml

@@ -263,15 +263,21 @@ _FINDERS: tuple[tuple[Kind, Callable[[nn.Module], Any]], ...] = (
 
 def features_of(module: nn.Module) -> tuple[int, int] | None:
     """(in, out) features of a linear map: nn.Linear and its kin, Conv1D's transposed layout, or a LoRA layer."""
-    base: Any = module
-    while hasattr(base, "base_layer"):
-        base = base.base_layer
+    base = base_of(module)
     if hasattr(base, "in_features") and hasattr(base, "out_features"):
         return int(base.in_features), int(base.out_features)
     weight = getattr(base, "weight", None)
     if hasattr(base, "nf") and isinstance(weight, Tensor) and weight.dim() == 2:
         return weight.shape[0], weight.shape[1]
     return None
+
+
+def base_of(module: nn.Module) -> Any:
+    """What the adapters around a module adapt."""
+    base: Any = module
+    while hasattr(base, "base_layer"):
+        base = base.base_layer
+    return base
 
 
 def same_forward(module: nn.Module, ours: Callable[..., Tensor], theirs: Callable[..., Tensor], features: int) -> bool:

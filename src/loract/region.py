@@ -19,7 +19,8 @@ from loract.arguments import Draws, Parts, Rebuild, Rest, parts
 from loract.attention import Blockwise
 from loract.codecs.base import Packed
 from loract.device import agree, generator, has_values, holds
-from loract.functions.adapted import adapted_linear, in_place, merge, single_adapter
+from loract.errors import LoractError
+from loract.functions.adapted import adapted_linear, adds_in_place, in_place, merge, single_adapter
 from loract.functions.base import Autocast
 from loract.functions.checkpoint import TOKENS, Again
 from loract.functions.linear import dense_weight, supplied_linear
@@ -57,8 +58,14 @@ class Region:
 
     def parameters(self) -> list[Tensor]:
         """Trainable parameters as they are now (a sharding wrapper swaps them around each pass)."""
-        found = {id(p): p for _, _, p in self._slots()}
+        with self._lock:  # another thread may have aliases in their place
+            found = {id(p): p for _, _, p in self._slots()}
         return list(found.values())
+
+    def plain(self, *args: Any, **kwargs: Any) -> Any:
+        """What the module's own forward returns, with the parameters themselves in its graph."""
+        with self._lock:
+            return self.forward(*args, **kwargs)
 
     def verdict(self, tensors: Sequence[Tensor], coded: Sequence[Tensor], rebuild: Rebuild, rest: Rest) -> Verdict:
         """Try this kind of call, once: the same arguments in kind, training flags, adapters and precision.
@@ -78,12 +85,14 @@ class Region:
 
     def values(self, rebuild: Rebuild, tensors: Sequence[Tensor]) -> tuple[list[Tensor], Rebuild]:
         """The tensors in what the module's own forward returns, and a function that puts others in their places."""
-        with self._lock:  # another thread may have aliases in the place of the parameters
+        with self._lock:
             found = self._run(rebuild, tensors)
         return found.tensors, found.rebuild
 
     def again(self, rebuild: Rebuild, draws: Draws, autocast: Autocast, unread: frozenset[int]) -> Again:
-        """How to run the module a second time with a graph; see `Rerun.again`."""
+        """How to run the module a second time with a graph, as it is now; see `Rerun.again`."""
+        with self._lock:
+            training, then = self._training(), self._conditions()
 
         def run(
             inputs: Sequence[Tensor], packed: Sequence[Packed], kept: Sequence[Packed], skip: bool
@@ -92,7 +101,14 @@ class Region:
                 if p.factored:
                     self.index.put(leaf, p)
             routing = _Routing(unread=unread if skip else frozenset(), merged=merged, kept=tuple(kept))
-            return self._rerun(inputs, rebuild, draws, autocast, routing)
+            with self._lock, self._mode(training):
+                if self._conditions() != then:
+                    raise LoractError(
+                        f"{type(self.module).__name__} with other adapters, dropout or parameters in backward",
+                        "those of its forward pass",
+                        "run backward before they change, or attach a policy that runs nothing again (exact, tensor)",
+                    )
+                return self._rerun(inputs, rebuild, draws, autocast, routing)
 
         merged: dict[int, Tensor] = {}
         return Again(run=run, release=merged.clear)
@@ -152,6 +168,7 @@ class Region:
                 return original(x, *args, **kwargs)
             if routing is None:
                 plain = not torch.is_grad_enabled() and x.is_floating_point() and getattr(layer, _CASTS, True)
+                plain = plain and adds_in_place(layer)
                 return in_place(base(x), x, layer, adapter) if plain else original(x)
             weight = dense_weight(base)
             if weight is None or weight.requires_grad or self.index.factors(x) is not None:
@@ -164,10 +181,16 @@ class Region:
         return forward
 
     def _observed(self) -> str | None:
-        """Why this call may not run without a graph: somebody records values inside, whose gradient would be lost."""
+        """Why this call may not run without a graph, or not later: hooks inside are there in the first run for certain.
+
+        One that records values would lose their gradient; one that adds arguments (PEFT's for adapters by sample or by
+        token) is gone in backward.
+        """
         for module in self.inner:
             if is_unit(module):  # its weights are gone when its part has run, in the second run too
                 return f"parts of it are sharded by themselves ({type(module).__name__}): shard whole blocks"
+            if module._forward_pre_hooks:
+                return f"arguments come from a hook ({type(module).__name__} has a forward pre-hook)"
             if any(not _dormant(hook) for hook in module._forward_hooks.values()):
                 return f"values inside are recorded ({type(module).__name__} has a forward hook)"
         return None
@@ -230,6 +253,8 @@ class Region:
             (whole,) = self._run(rebuild, tensors).tensors
             try:
                 (part,) = self._run(rebuild, [x.reshape(-1, x.shape[-1])[None, 1::2]]).tensors
+            except (MemoryError, torch.OutOfMemoryError):
+                raise
             except Exception:  # made for one number of tokens
                 return False
         if whole.shape[:-1] != x.shape[:-1]:
@@ -242,6 +267,25 @@ class Region:
         difference = (part.reshape(whole.shape) - whole).float().norm()
         return holds(difference <= tolerance * whole.float().norm())
 
+    def _training(self) -> list[bool]:
+        return [module.training for module in (self.module, *self.inner)]
+
+    @contextmanager
+    def _mode(self, training: Sequence[bool]) -> Generator[None]:
+        """The training flags of an earlier moment."""
+        before = self._training()
+        try:
+            for module, flag in zip((self.module, *self.inner), training, strict=True):
+                module.training = flag
+            yield
+        finally:
+            for module, flag in zip((self.module, *self.inner), before, strict=True):
+                module.training = flag
+
+    def _conditions(self) -> tuple[object, ...]:
+        """What must be in backward as it was, beside training flags, which are put back."""
+        return self._state(), [id(p) for p in self.parameters()]
+
     def _state(self) -> tuple[object, ...]:
         """What else decides how the module runs: training flags, dropout, what trains, the adapters in force."""
         flags: list[object] = []
@@ -249,7 +293,7 @@ class Region:
         for module in (self.module, *self.inner):
             trains = (p.requires_grad for p in module._parameters.values() if p is not None)
             flags.append((module.training, getattr(module, "p", None), *trains))
-            if hasattr(module, "lora_A"):
+            if hasattr(module, "merged_adapters"):
                 layer: Any = module
                 adapters.append((tuple(layer.active_adapters), tuple(layer.merged_adapters), layer.disable_adapters))
         return tuple(flags), tuple(adapters)

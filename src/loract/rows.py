@@ -151,14 +151,29 @@ def form_of(rows: Dataset, text_field: str) -> Form:
     if found is None:
         raise columns_missing(rows, "; or ".join(" + ".join(form.columns) for form in known))
     require_filled(rows, found.columns)
+    if not found.chat:
+        require_text(rows, found.columns)
     return found
 
 
 def converted(rows: Dataset, form: Form) -> Dataset:
-    """Rows with the columns that TRL takes for this form and no others."""
-    if form.convert is None:
+    """Rows with the columns that TRL takes for this form and no others.
+
+    Raises:
+        LoractError: a row that is none of this form; it is named.
+    """
+    convert = form.convert
+    if convert is None:
         return rows.select_columns(list(form.columns))
-    return rows.map(form.convert, remove_columns=rows.column_names, desc=f"reading {form.name}")
+
+    def checked(row: Mapping[str, Any], index: int) -> dict[str, Any]:
+        try:
+            return convert(row)
+        except (KeyError, TypeError, AttributeError) as error:
+            got = f"row {index} that is no {form.name} ({type(error).__name__}: {error})"
+            raise LoractError(got, "the form in docs/training.md", "correct that row") from None
+
+    return rows.map(checked, with_indices=True, remove_columns=rows.column_names, desc=f"reading {form.name}")
 
 
 def columns_missing(rows: Dataset, wanted: str) -> LoractError:
@@ -180,6 +195,34 @@ def require_filled(rows: Dataset, columns: Sequence[str]) -> None:
             raise LoractError(f"row {row} without a value in {column!r}", "a value in every row", "remove such rows")
 
 
+def require_text(rows: Dataset, columns: Sequence[str]) -> None:
+    """Check that the columns hold strings.
+
+    Raises:
+        LoractError: one does not.
+    """
+    for column in columns:
+        kind = str(rows.data.schema.field(column).type)
+        if kind not in ("string", "large_string", "string_view"):
+            raise LoractError(f"a column {column!r} of {kind}", "strings", "convert the column")
+
+
+def require_images(rows: Dataset, column: str, count: int) -> None:
+    """Check that a column holds images, and that the first `count` can be read.
+
+    Raises:
+        LoractError: it does not, or one cannot.
+    """
+    if not isinstance(rows.features[column], datasets.Image):
+        kind = rows.data.schema.field(column).type
+        raise LoractError(f"a column {column!r} of {kind}", "images", "set image_column_name, or cast the column")
+    for row in range(min(count, len(rows))):
+        try:
+            rows[row]
+        except Exception as error:  # each format's reader has exceptions of its own
+            raise LoractError(f"row {row} with an image ({reason(error)})", "one to read", "remove it") from error
+
+
 def class_names(rows: Dataset, column: str) -> list[str]:
     """Names of the classes in a label column of strings, integers or booleans, in order.
 
@@ -189,10 +232,11 @@ def class_names(rows: Dataset, column: str) -> list[str]:
     feature = rows.features[column]
     if isinstance(feature, datasets.ClassLabel):
         return list(feature.names)
-    values = sorted(set(rows[column]))
-    if not all(isinstance(value, (str, int)) for value in values):
-        raise LoractError(f"labels like {values[0]!r} in {column!r}", "names or integers", "convert them")
-    return [str(value) for value in values]
+    values = rows[column][:]
+    kind = str if isinstance(values[0], str) else int
+    if (odd := next((value for value in values if not isinstance(value, kind)), None)) is not None:
+        raise LoractError(f"labels like {odd!r} in {column!r}", "names or integers", "convert them")
+    return [str(value) for value in sorted(set(values))]
 
 
 def labelled(rows: Dataset, column: str, names: Sequence[str]) -> Dataset:
@@ -207,7 +251,7 @@ def labelled(rows: Dataset, column: str, names: Sequence[str]) -> Dataset:
     own = list(feature.names) if isinstance(feature, datasets.ClassLabel) else None
     index = {name: i for i, name in enumerate(names)}
     values = [own[v] if own else str(v) for v in rows[column]]
-    if unknown := next((value for value in values if value not in index), None):
+    if (unknown := next((value for value in values if value not in index), None)) is not None:
         raise LoractError(f"label {unknown!r} in the evaluation data", f"one of {', '.join(names)}", "check the data")
     rows = rows.remove_columns([column]).add_column("labels", [index[v] for v in values])
     return rows

@@ -61,8 +61,9 @@ class Run:
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise LoractError(f"output_dir {name!r} ({error.strerror})", "a folder to write to", "change it") from None
+        except (OSError, ValueError) as error:  # ValueError: a name with a zero byte
+            cause = error.strerror if isinstance(error, OSError) else error
+            raise LoractError(f"output_dir {name!r} ({cause})", "a folder to write to", "change it") from None
         for path in self.folder.glob(".*-*"):  # what a killed process left
             if path.name.startswith((_STAGED, _DROPPED)):
                 shutil.rmtree(path, ignore_errors=True)
@@ -87,7 +88,7 @@ class Run:
             LoractError: the name leads out of the run's folder, or there is none, or it is damaged.
         """
         path = self.folder / name
-        if path.resolve().parent != self.folder.resolve() or not _CHECKPOINT.fullmatch(path.resolve().name):
+        if not _CHECKPOINT.fullmatch(name) or path.resolve() != self.folder.resolve() / name:
             raise LoractError(f"checkpoint {name!r}, which is not in {str(self.folder)!r}", *self._there())
         if not path.is_dir():
             raise LoractError(f"no checkpoint {name!r} in {str(self.folder)!r}", *self._there())
@@ -159,15 +160,17 @@ class Run:
             file.write(json.dumps(values) + "\n")
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The lines so far, without one that a kill cut short."""
+        """The lines so far, up to one that a kill cut short or that is none of a run's."""
         path = self.folder / METRICS
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
         found: list[dict[str, Any]] = []
         for line in lines:
             try:
-                found.append(json.loads(line))
-            except json.JSONDecodeError:
+                values = json.loads(line)
+                int(values["step"])
+            except (ValueError, TypeError, KeyError, RecursionError):
                 break
+            found.append(values)
         return found
 
     def forget_metrics_after(self, step: int) -> None:
@@ -206,7 +209,10 @@ def damage(folder: Path) -> str | None:
                 return f"{name} is missing"
             if path.stat().st_size != size or _sum(path) != expected:
                 return f"{name} has changed"
-    except (OSError, ValueError, TypeError, AttributeError):
+        for path in folder.rglob("*"):
+            if not path.is_dir() and (name := path.relative_to(folder).as_posix()) not in files and name != MANIFEST:
+                return f"{name} was not saved with it"
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         return f"{MANIFEST} is missing or damaged"
     return None
 

@@ -155,12 +155,12 @@ def read_shape(path: Path) -> Shape:
     """
     try:
         values: Any = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise LoractError(f"config {str(path)!r} ({reason(error)})", "a config.json", "check the path") from None
+    values = values.get("text_config", values) if isinstance(values, dict) else values
     if not isinstance(values, dict):
         raise LoractError(f"config {str(path)!r} that is no object", "a config.json", "check the file")
     config: dict[str, Any] = values  # pyright: ignore[reportUnknownVariableType]
-    config = config.get("text_config", config)
     missing = ["model_type"] if "model_type" not in config else []
     missing += [what for what, names in _SIZES.items() if not any(name in config for name in names)]
     if missing:
@@ -172,7 +172,7 @@ def read_shape(path: Path) -> Shape:
         raise LoractError(
             f"config {str(path)!r} without vocab_size", "a model of text or images", "add what is missing"
         )
-    architectures = " ".join(config.get("architectures") or ())
+    architectures = str(config.get("architectures") or "")
     if inputs == "tokens" and architectures and "CausalLM" not in architectures and "Conditional" not in architectures:
         inputs = "text"
     return described(config, path.parent.name or str(path), inputs)
@@ -198,7 +198,7 @@ def architecture(shape: Shape) -> Any:
         raise MissingExtra(f"no {missing.name}", "transformers", "pip install 'loract[train]'") from missing
     try:
         return transformers.AutoConfig.for_model(shape.model_type, **shape.config)
-    except (ValueError, TypeError) as error:
+    except Exception as error:  # each architecture checks its values in its own way
         raise LoractError(
             f"model_type {shape.model_type!r} ({reason(error)})", "one that transformers knows", "check it"
         ) from None

@@ -21,7 +21,17 @@ from loract.models import (
     sequence_length,
     weights_bytes,
 )
-from loract.rows import class_names, columns_missing, converted, form_of, labelled, require_filled, split_rows
+from loract.rows import (
+    class_names,
+    columns_missing,
+    converted,
+    form_of,
+    labelled,
+    require_filled,
+    require_images,
+    require_text,
+    split_rows,
+)
 from loract.weights import resolve
 
 try:
@@ -139,8 +149,6 @@ def _ids(tokenizer: Any, row: Any) -> Sequence[int]:
         except Exception as error:  # templates raise what they like
             raise LoractError(f"messages that the chat template refuses ({error})", "its form", "check them") from None
     text = row["text"] if "text" in row else row["prompt"] + row["completion"]
-    if not isinstance(text, str):
-        raise LoractError(f"a row whose text is {type(text).__name__}", "strings", "convert the column")
     return tokenizer(text, truncation=False, verbose=False)["input_ids"]
 
 
@@ -150,6 +158,9 @@ def _text_classification(
     tokenizer, length = _text_inputs(config, source, architecture)
     text, label = config.dataset_text_field, config.label_column_name
     train, test = _classes(architecture, train, test, text, label)
+    for rows in (train, test):
+        if rows is not None:
+            require_text(rows, (text,))
 
     def tokenised(rows: Dataset) -> Dataset:
         rows = rows.select_columns([text, "labels"])
@@ -177,6 +188,9 @@ def _image_classification(
 ) -> Ready:
     image, label = config.image_column_name, config.label_column_name
     train, test = _classes(architecture, train, test, image, label)
+    for rows in (train, test):
+        if rows is not None:
+            require_images(rows, image, PROBED_ROWS)
     processor = read_image_processor(architecture, source)
     mode = "L" if getattr(architecture, "num_channels", 3) == 1 else "RGB"
 

@@ -21,10 +21,11 @@ from transformers import TrainerCallback
 from loract.attach import attach
 from loract.config import TrainConfig
 from loract.cpu import fast_bf16
-from loract.errors import LoractError
+from loract.errors import LoractError, reason
 from loract.hf import LoractCallback
 from loract.ladder import out_of_memory, told
 from loract.memory import MIB, peak_rss_bytes
+from loract.plainyaml import read_mapping
 from loract.report.sections import ENVIRONMENT, SITES, versions
 from loract.runs import CONFIG, SUMMARY, Run, step_of
 from loract.saved import SiteStats
@@ -113,11 +114,11 @@ def train(
     trainer = make_trainer(ready, model)
     trainer.setup(run, compression, start, config)
     follow = _Follow(trainer, run, stop)
-    for callback in (compression, follow, *_boards(config, run, start), *callbacks):
-        if callback is not None:
-            trainer.add_callback(callback)
     try:
-        with stop.listening(), fast_bf16():
+        with stop.listening(), fast_bf16(), _boards(config, run, start) as boards:
+            for callback in (compression, follow, *boards, *callbacks):
+                if callback is not None:
+                    trainer.add_callback(callback)
             done = trainer.take_finished()
             if not done:
                 trainer.train(resume_from_checkpoint=None if start is None else str(start))
@@ -127,6 +128,13 @@ def train(
     except BaseException as error:
         if out_of_memory(error):  # in what does not run again: the optimiser, an evaluation, one of several processes
             raise trainer.no_memory(error) from error
+        if isinstance(error, OSError):  # an image that is damaged, a file that is gone, a disk that is full
+            kept = run.checkpoints()
+            raise LoractError(
+                f"{reason(error)} at step {trainer.state.global_step + 1}",
+                "data to read and a disk to write to",
+                f"correct it, then --resume goes on from {kept[-1].name}" if kept else "correct it and start again",
+            ) from error
         raise
     finally:
         if compression is not None:
@@ -190,16 +198,14 @@ def _refuse_changes(run: Run, config: TrainConfig) -> None:
     Raises:
         LoractError: its configuration says otherwise.
     """
-    import yaml
-
     path = run.folder / CONFIG
     if not path.is_file():
         return  # Run.start says it
-    before, now = yaml.safe_load(path.read_text(encoding="utf-8")), config.model_dump()
+    before, now = read_mapping("config", path, "start again in another output_dir"), config.model_dump()
     for values in (before, now):
-        values["activation_compression"] = {
-            key: value for key, value in values.get("activation_compression", {}).items() if key not in ADJUSTABLE
-        }
+        block = values.get("activation_compression")
+        if isinstance(block, Mapping):
+            values["activation_compression"] = {key: value for key, value in block.items() if key not in ADJUSTABLE}
     for key in now.keys() - RESUMABLE:
         if key in before and before[key] != now[key]:
             raise LoractError(
@@ -307,10 +313,16 @@ class _Stop:
         return self.asked
 
 
-def _boards(config: TrainConfig, run: Run, start: Path | None) -> list[TrainerCallback]:
-    """TensorBoard in the run's folder, where it is installed and wanted."""
+@contextmanager
+def _boards(config: TrainConfig, run: Run, start: Path | None) -> Generator[list[TrainerCallback]]:
+    """TensorBoard in the run's folder, where it is wanted, until the last evaluation or an error.
+
+    Raises:
+        LoractError: it is not installed.
+    """
     if "tensorboard" not in config.report_to or not PartialState().is_main_process:
-        return []
+        yield []
+        return
     try:
         from torch.utils.tensorboard import SummaryWriter
         from transformers.integrations.integration_utils import TensorBoardCallback
@@ -320,8 +332,16 @@ def _boards(config: TrainConfig, run: Run, start: Path | None) -> list[TrainerCa
             "the package",
             "pip install tensorboard, or report_to: none",
         ) from None
-    step = None if start is None else step_of(start) + 1
-    return [TensorBoardCallback(SummaryWriter(str(run.folder / "tensorboard"), purge_step=step))]
+    writer = SummaryWriter(str(run.folder / "tensorboard"), purge_step=None if start is None else step_of(start) + 1)
+
+    class Board(TensorBoardCallback):
+        def on_train_end(self, *_: Any, **__: Any) -> None:
+            """Stay open: an evaluation may follow, for which a closed one would open another in another folder."""
+
+    try:
+        yield [Board(writer)]
+    finally:
+        writer.close()
 
 
 def peak_mib() -> float:

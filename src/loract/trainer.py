@@ -8,6 +8,7 @@ import os
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from trl.trainer.sft_trainer import SFTTrainer
 from loract.budget import left
 from loract.config import Task, TrainConfig
 from loract.ddp import power_sgd
-from loract.errors import LoractError
+from loract.errors import LoractError, reason
 from loract.hf import LoractCallback
 from loract.ladder import Moments, SoftLimit, SoftLimited, longest, out_of_memory, release, smaller, told
 from loract.optim import ProjectedAdamW
@@ -162,6 +163,40 @@ class RunTrainer(Trainer):
 
     # What a resumed run has to know
 
+    @contextmanager
+    def _reading(self) -> Generator[None]:
+        """What is wrong with a checkpoint's file becomes one line. Sums say that it is as it was saved, not by whom.
+
+        Raises:
+            LoractError: whatever the readers raise.
+        """
+        try:
+            yield
+        except LoractError:
+            raise
+        except Exception as error:
+            if self.start is None or out_of_memory(error):
+                raise
+            # torch's own message advises to unpickle it all the same.
+            what = "a pickle that is no weights" if isinstance(error, UnpicklingError) else reason(error)
+            raise LoractError(
+                f"{self.start.name}, which cannot be read ({what})",
+                "a checkpoint that this run wrote",
+                "resume from another one with --checkpoint",
+            ) from error
+
+    def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        with self._reading():
+            super()._load_from_checkpoint(*args, **kwargs)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with self._reading():
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with self._reading():
+            super()._load_rng_state(checkpoint)
+
     def _carried(self) -> dict[str, Any]:
         handle = None if self.compression is None else self.compression.handle
         return {
@@ -176,11 +211,15 @@ class RunTrainer(Trainer):
         """Put back what `_carried` saved; after attaching, before the first step."""
         if self.start is None:
             return
-        path = self.start / STATE.format(rank=self.args.process_index)
+        with self._reading():
+            self._put_back(self.start)
+
+    def _put_back(self, start: Path) -> None:
+        path = start / STATE.format(rank=self.args.process_index)
         kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         if kept.get("processes") != self.args.world_size:
             raise LoractError(
-                f"{self.start.name}, written by another number of processes than {self.args.world_size}",
+                f"{start.name}, written by another number of processes than {self.args.world_size}",
                 "as many processes as the run had",
                 f"resume with {kept['processes']}" if kept else "resume with fewer",
             )
@@ -188,8 +227,9 @@ class RunTrainer(Trainer):
             self.compression.handle.load_state_dict(kept["sites"])
             self._audit_what_is_lost()
         self._tr_loss.fill_(kept["loss"])
-        for name, value in kept["counters"].items():
-            setattr(self, name, value)
+        for name in _CARRIED:
+            if name in kept["counters"]:
+                setattr(self, name, kept["counters"][name])
         self._sums().update(kept["metrics"])
 
     def _sums(self) -> dict[str, list[float]]:
@@ -203,7 +243,8 @@ class RunTrainer(Trainer):
         """
         if self.start is None:
             return False
-        state = TrainerState.load_from_json(str(self.start / TRAINER_STATE_NAME))
+        with self._reading():
+            state = TrainerState.load_from_json(str(self.start / TRAINER_STATE_NAME))
         if self.config.max_steps > 0:
             done = state.global_step >= self.config.max_steps
         else:

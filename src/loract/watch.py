@@ -119,7 +119,7 @@ class Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        given = [t for t in tree_flatten((args, kwargs))[0] if isinstance(t, Tensor)]
+        given = _strided((args, kwargs))
         marks = frozenset[int]().union(*map(self._of, given))
         out = func(*args, **kwargs)
         if func in _SHAPES or func.is_view or func.namespace == "prim":  # prim: which device, which layout
@@ -128,9 +128,8 @@ class Watch(TorchDispatchMode):
         if not self._blind(func, given):
             self._read |= marks - {_INPUT}
             marks &= {_INPUT}
-        for t in tree_flatten(out)[0]:
-            if isinstance(t, Tensor) and marks:
-                self._mark(t, marks | self._of(t))
+        for t in _strided(out) if marks else ():
+            self._mark(t, marks | self._of(t))
         return out
 
     def _blind(self, func: Any, given: Sequence[Tensor]) -> bool:
@@ -149,3 +148,9 @@ class Watch(TorchDispatchMode):
         key = storage._cdata
         # The address of a dead storage is soon another's: its marks have to go with it.
         self._marks[key] = (weakref.ref(storage, lambda _, key=key: self._marks.pop(key, None)), marks)
+
+
+def _strided(value: Any) -> list[Tensor]:
+    """The tensors in a nested value that have a storage: a sparse one has none, and whatever makes it has read."""
+    found = (t for t in tree_flatten(value)[0] if isinstance(t, Tensor))
+    return [t for t in found if t.layout == torch.strided]

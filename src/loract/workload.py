@@ -195,7 +195,7 @@ def load_model(name: str, *, dtype: torch.dtype) -> tuple[Any, Any]:
         try:
             tokenizer: Any = transformers.AutoTokenizer.from_pretrained(name)
             model: Any = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True)
-        except (OSError, ValueError) as error:
+        except Exception as error:  # each kind of file has a reader with exceptions of its own
             raise LoractError(
                 f"model {name!r} ({reason(error)})", "a causal language model's folder", "check the MODEL path"
             ) from error

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 
 from loract.errors import LoractError, MissingExtra
 
+TALKATIVE = ("bitsandbytes", "torchao", "torch.utils._pytree")
+"""Loggers that tell of kernels that are not there for this machine, at each import."""
+
 
 def main() -> None:
     """Run the command; a user's mistake is one line on stderr and exit status 2."""
+    for name in TALKATIVE:
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         from loract.cli.app import app
     except ImportError as missing:

@@ -14,11 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from loract.codecs.base import contract_dense
 from loract.cpu import product_dtype, unwidened
-from loract.functions.base import no_autocast
+from loract.functions.base import first_order, no_autocast
 from loract.linalg import promote
 
 
@@ -48,14 +47,27 @@ def single_adapter(layer: Any) -> Adapter | None:
 def in_place(base: Tensor, x: Tensor, layer: Any, adapter: Adapter) -> Tensor:
     """Base + s B (A x), bit for bit as PEFT adds them but without its three temporaries; overwrites `base` (..., m).
 
-    x (..., n) is the layer's input. For runs without a graph.
+    x (..., n) is the layer's input. For runs without a graph, of a layer that `adds_in_place` knows.
     """
     name = next(name for name in layer.active_adapters if name in layer.lora_A)
     added = layer.lora_B[name](layer.lora_A[name](x.to(adapter.a.dtype))).mul_(adapter.scaling)
-    if type(layer).__name__ != "Linear":  # over quantised bases PEFT rounds what it adds, and then the sum
-        added = added.to(base.dtype)
-    added = added.add_(base)
+    if _arithmetic(layer) == _ROUNDED:
+        return base.add_(added.to(base.dtype))
+    added.add_(base)
     return added if added.dtype == base.dtype else base.copy_(added)
+
+
+def adds_in_place(layer: Any) -> bool:
+    """Whether it is known in which precision PEFT adds the two, by the file that the layer's forward comes from."""
+    return _arithmetic(layer) in (_WIDE, _ROUNDED)
+
+
+_WIDE, _ROUNDED = "peft.tuners.lora.layer", "peft.tuners.lora.bnb"
+"""The sum is rounded to the base's precision, or the adapter's part before it is added."""
+
+
+def _arithmetic(layer: Any) -> str:
+    return type(layer).forward.__module__
 
 
 def merge(weight: Tensor, adapter: Adapter) -> Tensor:
@@ -98,7 +110,7 @@ class _Adapted(Function):
         return y.reshape(*x.shape[:-1], len(merged))
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride] (the decorator hides the names)
         ctx: Any, grad: Tensor
     ) -> tuple[Tensor | None, ...]:

@@ -9,10 +9,9 @@ from typing import Any
 
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from loract.codecs.base import Packed
-from loract.functions.base import Forward, load, no_autocast, save
+from loract.functions.base import Forward, first_order, load, no_autocast, save
 from loract.linalg import promote
 
 
@@ -33,7 +32,7 @@ class _Product(Function):
         return forward(x)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride] (the decorator hides the names)
         ctx: Any, grad: Tensor
     ) -> tuple[Tensor | None, ...]:

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from loract.codecs.base import Packed
@@ -23,7 +22,7 @@ from loract.cpu import unwidened
 from loract.errors import LoractError
 from loract.functions.attention_blocks import Operands, operand_gradients, output
 from loract.functions.attention_plan import four, plans_of
-from loract.functions.base import Forward, load, no_autocast, save
+from loract.functions.base import Forward, first_order, load, no_autocast, save
 
 
 def supports(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout_p: float) -> bool:
@@ -122,7 +121,7 @@ class _Attention(Function):
             return output(Operands(query, key, value, mask, scale, ctx.plans))
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride] (the decorator hides the names)
         ctx: Any, grad: Tensor
     ) -> tuple[Tensor | None, ...]:

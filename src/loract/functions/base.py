@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from loract.codecs.base import Packed, bind_all, unbound
 from loract.device import autocast_type
+from loract.errors import LoractError
 
 Forward = Callable[..., Any]
 """A module's own forward: functions obtain their output by running it, so that values never change."""
@@ -56,3 +58,23 @@ class Autocast:
 def no_autocast(x: Tensor) -> torch.autocast:
     """Backward formulas choose their own precision."""
     return torch.autocast(autocast_type(x), enabled=False)
+
+
+def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """A backward formula without a derivative of its own, as a refusal of `create_graph=True`.
+
+    torch's once_differentiable speaks up later, and not at all where the gradient that comes in is a constant: a second
+    derivative would then silently lack what the formula reads.
+    """
+
+    @functools.wraps(backward)
+    def guarded(ctx: Any, *grads: Tensor | None) -> Any:
+        if torch.is_grad_enabled():
+            raise LoractError(
+                "a backward pass with create_graph=True through compressed activations",
+                "first derivatives",
+                "leave create_graph out, or call handle.detach() for second derivatives",
+            )
+        return backward(ctx, *grads)
+
+    return guarded

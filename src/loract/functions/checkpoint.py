@@ -13,11 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from loract.codecs.base import Memo, Packed, Recomputed, tokens_features
 from loract.codecs.exact import ExactPacked
-from loract.functions.base import load, save
+from loract.functions.base import first_order, load, save
 
 Leaves = Sequence[Tensor]
 TOKENS = 1024
@@ -145,13 +144,14 @@ class _Checkpoint(Function):
             shape, memo = tokens_features(out), Memo(graph.memo)
             packed = Recomputed(inputs=rerun.operands, function=graph.value(i), shape=shape, dtype=out.dtype, memo=memo)
             rerun.outputs.append((out, packed))
-        save(ctx, (*rerun.operands, *rerun.kept))
+        # The parameters for their versions alone: autograd refuses those that were edited since.
+        save(ctx, (*rerun.operands, *rerun.kept), *tensors[count:])
         ctx.count = len(rerun.operands)
         ctx.mark_non_differentiable(*(out for out, grad in zip(outputs, rerun.differentiable, strict=True) if not grad))
         return tuple(outputs)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride] (the decorator hides the names)
         ctx: Any, *grads: Tensor | None
     ) -> tuple[Tensor | None, ...]:

@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from loract.codecs.base import Memo, Packed, Recomputed, tokens_features
-from loract.functions.base import Autocast, Forward, load, save
+from loract.functions.base import Autocast, Forward, first_order, load, save
 
 
 @dataclass(kw_only=True)
@@ -81,7 +80,7 @@ class _Gated(Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride] (the decorator hides the names)
         ctx: Any, grad: Tensor
     ) -> tuple[Tensor | None, ...]:

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from loract.codecs.base import Packed
-from loract.functions.base import Autocast, load, no_autocast, save
+from loract.functions.base import Autocast, first_order, load, no_autocast, save
 from loract.linalg import promote
 
 
@@ -23,6 +23,12 @@ def dense_weight(module: Any) -> Tensor | None:
     """W (m, n) of the map x W^T + b that `module` computes; None where that is not known for certain."""
     read = WEIGHTS.get(type(module).__name__)
     return None if read is None else read(module)
+
+
+def _dense(module: Any) -> Tensor | None:
+    # A weight of a class of its own (torchao's) multiplies in a way of its own.
+    weight: Tensor = module.weight
+    return weight if type(module) is nn.Linear and not is_traceable_wrapper_subclass(weight) else None
 
 
 def _four_bit(module: Any) -> Tensor | None:
@@ -64,7 +70,7 @@ def packing(model: nn.Module) -> list[nn.Module]:
 
 
 WEIGHTS: dict[str, Callable[[Any], Tensor | None]] = {
-    "Linear": lambda module: module.weight if type(module) is nn.Linear else None,
+    "Linear": _dense,
     "Conv1D": lambda module: module.weight.T,
     "Linear4bit": _four_bit,
 }
@@ -99,7 +105,7 @@ class _Supplied(Function):
         return value
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride] (the decorator hides the names)
         ctx: Any, grad: Tensor
     ) -> tuple[Tensor | None, ...]:

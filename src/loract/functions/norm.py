@@ -15,11 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from loract.codecs.base import Memo, Packed, Recomputed, tokens_features, unbound
 from loract.cpu import unwidened
-from loract.functions.base import Autocast, Forward, load, no_autocast, save
+from loract.functions.base import Autocast, Forward, first_order, load, no_autocast, save
 from loract.linalg import promote, row_chunks, row_energies
 
 
@@ -40,6 +39,8 @@ class NormRole:
     def statistics(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Rstd (N, 1) and, where the norm centres, mean (N, 1) of x (N, n), accumulated in fp32 or wider."""
         if self.centred:
+            if not len(x):  # of which var_mean warns
+                return promote(x[:, :1]), promote(x[:, :1])
             variance, mean = torch.var_mean(promote(x), dim=-1, keepdim=True, correction=0)
             return (variance + self.eps).rsqrt_(), mean
         return row_energies(x).div_(x.shape[-1]).add_(self.eps).rsqrt_()[:, None], None
@@ -138,7 +139,7 @@ class _Norm(Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride] (the decorator hides the names)
         ctx: Any, grad: Tensor
     ) -> tuple[Tensor | None, ...]:

@@ -1,59 +1,17 @@
-"""Error bounds of the sampled decomposition, a priori by theorem and a posteriori by norms; and rate-distortion."""
+"""Rate-distortion of Gaussian data: what any code must lose, and transform coding against low rank at equal bytes.
+
+Proofs: docs/theory/rates.md.
+"""
 
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from loract.errors import InvalidSpec
-from loract.linalg import promote
-
-
-def coherence(u: Tensor) -> float:
-    """Mu = (m / k) max_i ||u_i||^2 of orthonormal columns u (m, k): 1 when spread evenly, m / k at worst.
-
-    Example:
-        >>> coherence(torch.eye(4)[:, :2])
-        2.0
-    """
-    rows, rank = u.shape
-    return float(rows / rank * promote(u).square().sum(1).max())
-
-
-def sampled_bound(sigma_next: float, rows: int, samples: int, epsilon: float) -> float:
-    """(1 + m / ((1 - e) l))^(1/4) sigma_(k+1): spectral error of sampling l of m rows uniformly.
-
-    With Y = A A_S^T and Omega = V_k^T E_S, Halko, Martinsson & Tropp 2011 (theorem 9.1 applied to A A^T) give
-    ||A - QB||^2 <= sigma_(k+1)^2 sqrt(1 + ||Omega^+||^2), and sigma_min(Omega)^2 >= (1 - e) l / m except with
-    `failure_probability`. l counts the samples that are kept.
-    """
-    return (1 + rows / ((1 - epsilon) * samples)) ** 0.25 * sigma_next
-
-
-def failure_probability(rank: int, samples: int, coherence: float, epsilon: float) -> float:
-    """K (exp(-e) / (1 - e)^(1 - e))^(l / (mu k)), at most 1.
-
-    The matrix Chernoff bound (Tropp 2012, theorem 1.1), which holds without replacement too (Gross & Nesme 2010).
-    """
-    exponent = samples / (coherence * rank) * (-epsilon - (1 - epsilon) * math.log(1 - epsilon))
-    return min(1.0, rank * math.exp(exponent))
-
-
-def posterior_floor(dtype: torch.dtype) -> float:
-    """Relative error below which `posterior_error` cancels: 1e-2 for fp32, 5e-2 for 16-bit factors, 1e-6 for fp64."""
-    return {torch.float64: 1e-6, torch.float32: 1e-2}.get(dtype, 5e-2)
-
-
-def posterior_error(total_squared: Tensor, captured_squared: Tensor) -> Tensor:
-    """sqrt(1 - ||C||^2 / ||X||^2), the relative error of X ~ C P^T with P orthonormal and C = X P.
-
-    Pythagoras: ||X - C P^T||^2 = ||X||^2 - ||C||^2. Valid above `posterior_floor`. Zero for X = 0; NaN stays NaN.
-    """
-    tiny = torch.finfo(total_squared.dtype).tiny
-    missing = 1 - captured_squared.to(total_squared.dtype) / total_squared.clamp_min(tiny)
-    return torch.where(total_squared == 0, torch.zeros_like(missing), missing.clamp_min(0)).sqrt()
 
 
 def water_filling(variances: Tensor, bits: float) -> tuple[Tensor, float]:
@@ -109,3 +67,61 @@ def _filled(variances: Tensor, bits: float) -> tuple[Tensor, float]:
     levels = (logs.cumsum(0) - 2 * bits * len(wide)) / torch.arange(1, len(logs) + 1)
     level = levels[max(int((levels < logs).sum()) - 1, 0)]
     return ((wide.log2() - level) / 2).clamp_min(0), float(level.exp2())
+
+
+class EqualBytes(NamedTuple):
+    """Relative errors (Frobenius) at the same bytes, and how many components transform coding keeps."""
+
+    low_rank: float
+    transform: float
+    components: int
+
+
+def equal_bytes(
+    variances: Tensor, tokens: int, rank: int, *, bits: float = 16.0, basis_bits: float = 8.0
+) -> EqualBytes:
+    """Low rank with factors of `bits` against ideal transform coding, variances (n,) of the components, N tokens.
+
+    Low rank keeps k = `rank` of them, exactly (its rounding is not counted), for k (N + n) numbers of `bits`. With the
+    same bits transform coding keeps m components, whose basis takes m n numbers of basis_bits and whose coefficients
+    share the rest by reverse water-filling; m is the best one. It is ideal: a code at the rate-distortion limit, a
+    basis without error (see `rate_distortion` for what codes of a fixed length add). Where the spectrum ends at k, low
+    rank is exact here, and nothing that spends bits on rounding can follow.
+
+    Raises:
+        InvalidSpec: variances as `water_filling` takes them, or a rank that they do not have.
+
+    Example:
+        >>> found = equal_bytes(1 / torch.arange(1, 65) ** 2, tokens=512, rank=8)
+        >>> round(found.low_rank, 3), round(found.transform, 3), found.components
+        (0.25, 0.09, 44)
+    """
+    _filled(variances, 0.0)
+    features = len(variances)
+    if not 1 <= rank <= features:
+        raise InvalidSpec(f"rank={rank!r} for {features} variances", f"1 to {features}", "pass a smaller rank")
+    sorted_ = variances.detach().double().sort(descending=True).values
+    total = float(sorted_.sum())
+    left = torch.cat([sorted_.flip(0).cumsum(0).flip(0), sorted_.new_zeros(1)])
+    budget = rank * bits * (1 + features / tokens)
+    best, components = total, 0
+    for kept in range(1, int((sorted_ > 0).sum()) + 1):
+        rate = budget - kept * features * basis_bits / tokens
+        if rate < 0:
+            break
+        lost = rate_distortion(sorted_[:kept], rate / kept) + float(left[kept])
+        if lost < best:
+            best, components = lost, kept
+    return EqualBytes(math.sqrt(float(left[rank]) / total), math.sqrt(best / total), components)
+
+
+def decay_gain(decay: float, bits: float) -> float:
+    """Squared error of transform coding over low rank's, for variances j^-a: a (2 b ln 2 / a)^(1 - a).
+
+    a = `decay` > 1; both spend k b bits a token, bases not counted. The limit of large k and n / k.
+
+    Example:
+        >>> round(decay_gain(2.0, 16), 3), round(decay_gain(1.25, 16), 3)
+        (0.18, 0.609)
+    """
+    return decay * (2 * bits * math.log(2) / decay) ** (1 - decay)
