@@ -42,6 +42,7 @@ def train(
     Keys of a block: --activation_compression.preset sublayer. Ctrl-C saves a checkpoint and ends; --resume goes on.
     """
     ready = read(config, context.args)
+    from torch import distributed
     from transformers import TrainerCallback
 
     from loract.report.page import REPORT, try_report
@@ -63,6 +64,8 @@ def train(
         callbacks=[bar] if main else [],
         tell=(lambda text: status.print(text, highlight=False)) if main else (lambda _: None),
     )
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()  # left to the interpreter's end, its threads may abort the process
     if main:
         _summary(ready.config, result)
         status.print(
