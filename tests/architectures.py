@@ -36,6 +36,10 @@ LATENT = {"q_lora_rank": 32, "kv_lora_rank": 32, "qk_rope_head_dim": 8, "qk_nope
 ROUTED = {"n_routed_experts": 4, "n_shared_experts": 1, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1}
 STATES = SIZE | TEXT | {"state_size": 8, "num_heads": 4, "head_dim": 32, "n_groups": 1, "chunk_size": 16}
 SCAN = {"mamba_d_state": 8, "mamba_n_heads": 4, "mamba_d_head": 32, "mamba_n_groups": 1, "mamba_chunk_size": 16}
+PYRAMID = {"image_size": 32, "num_channels": 1, "hidden_sizes": [32, 32, 64, 64], "depths": [1, 1, 1, 1]}
+PYRAMID |= {"num_attention_heads": [1, 1, 2, 2], "mlp_ratios": [2, 2, 2, 2], "hidden_dropout_prob": 0.1}
+MOBILE = {"image_size": 64, "num_channels": 1, "hidden_sizes": [32, 32, 64], "num_attention_heads": 2}
+MOBILE |= {"neck_hidden_sizes": [16, 16, 16, 16, 16, 16, 32]}
 SOUND = {"conv_dim": (32, 32), "conv_stride": (5, 2), "conv_kernel": (10, 3), "num_conv_pos_embeddings": 8}
 SOUND |= {"num_conv_pos_embedding_groups": 4, "mask_time_prob": 0.0, "layerdrop": 0.0}
 WAVE = SIZE | SOUND | {"intermediate_size": 128, "attention_dropout": 0.1, "vocab_size": 32}
@@ -158,6 +162,21 @@ ARCHITECTURES = {
     "electra": Architecture("encoder, post-norm", tf.ElectraConfig, ENCODER | {"embedding_size": 32}),
     "albert": Architecture("encoder, shared layers", tf.AlbertConfig, ENCODER | {"embedding_size": 32}),
     "mpnet": Architecture("encoder, relative positions", tf.MPNetConfig, ENCODER),
+    "deberta": Architecture(
+        "encoder, disentangled attention, edited in place",
+        tf.DebertaConfig,
+        ENCODER | {"relative_attention": True, "pos_att_type": ["c2p", "p2c"]},
+    ),
+    "longformer": Architecture(
+        "encoder, windows, edited in place",
+        tf.LongformerConfig,
+        ENCODER | {"attention_window": 16, "max_position_embeddings": 300},
+    ),
+    "xlnet": Architecture(
+        "encoder, weights that are no modules",
+        tf.XLNetConfig,
+        {"vocab_size": 97, "d_model": 64, "n_layer": 2, "n_head": 4, "d_inner": 128},
+    ),
     "deberta_v2": Architecture(
         "encoder, disentangled attention",
         tf.DebertaV2Config,
@@ -169,6 +188,7 @@ ARCHITECTURES = {
     "mt5": Architecture("encoder-decoder, gated", tf.MT5Config, T5 | {"feed_forward_proj": "gated-gelu"}),
     "bart": Architecture("encoder-decoder, post-norm", tf.BartConfig, BART),
     "pegasus": Architecture("encoder-decoder, pre-norm", tf.PegasusConfig, BART),
+    "led": Architecture("encoder-decoder, windows", tf.LEDConfig, BART | {"attention_window": 16}),
     "whisper": Architecture("speech, encoder-decoder", tf.WhisperConfig, BART | SPECTRUM, "spectrum"),
     "wav2vec2": Architecture("speech, encoder", tf.Wav2Vec2Config, WAVE, "sound"),
     "vit": Architecture("vision", tf.ViTConfig, DROPPED | IMAGE, "image"),
@@ -188,6 +208,8 @@ ARCHITECTURES = {
         IMAGE | {"embed_dim": 32, "depths": [2, 2], "num_heads": [2, 4], "window_size": 4, "hidden_dropout_prob": 0.1},
         "image",
     ),
+    "pvt_v2": Architecture("vision, pyramid, convolutions inside the MLP", tf.PvtV2Config, PYRAMID, "image"),
+    "mobilevit": Architecture("vision, convolutions and attention", tf.MobileViTConfig, MOBILE, "image"),
     "clip": Architecture("vision tower", tf.CLIPVisionConfig, CLIP, "image"),
     "siglip": Architecture("vision tower", tf.SiglipVisionConfig, CLIP, "image"),
     "clip_pair": Architecture(
@@ -211,11 +233,14 @@ ARCHITECTURES = {
         "both",
     ),
     "mixtral": Architecture("mixture of experts", tf.MixtralConfig, DECODER | {"num_local_experts": 4}),
-    "qwen2_moe": Architecture("mixture of experts, a shared one", tf.Qwen2MoeConfig, EXPERTS),
+    "qwen2_moe": Architecture(
+        "mixture of experts, a shared one", tf.Qwen2MoeConfig, EXPERTS | {"shared_expert_intermediate_size": 64}
+    ),
     "qwen3_moe": Architecture("mixture of experts", tf.Qwen3MoeConfig, EXPERTS | {"head_dim": 16}),
     "olmoe": Architecture("mixture of experts", tf.OlmoeConfig, DECODER | {"num_experts": 4, "num_experts_per_tok": 2}),
     "granitemoe": Architecture("mixture of experts", tf.GraniteMoeConfig, LOCAL),
     "gpt_oss": Architecture("mixture of experts, attention sinks", tf.GptOssConfig, LOCAL | WINDOW),
+    "afmoe": Architecture("mixture of experts, gated attention", tf.AfmoeConfig, EXPERTS | {"head_dim": 16}),
     "deepseek_v3": Architecture(
         "mixture of experts, latent attention",
         tf.DeepseekV3Config,
@@ -233,6 +258,24 @@ ARCHITECTURES = {
     "bamba": Architecture("state space and attention", tf.BambaConfig, DECODER | SCAN | {"attn_layer_indices": [1]}),
     "falcon_h1": Architecture(
         "state space beside attention", tf.FalconH1Config, HEADS | SCAN | {"mamba_d_ssm": 128, "mamba_d_conv": 4}
+    ),
+    "granitemoehybrid": Architecture(
+        "state space and attention, mixture of experts",
+        tf.GraniteMoeHybridConfig,
+        LOCAL | SCAN | {"layer_types": ["mamba", "attention"], "shared_intermediate_size": 64},
+    ),
+    "qwen3_next": Architecture(
+        "linear attention and attention, mixture of experts",
+        tf.Qwen3NextConfig,
+        EXPERTS
+        | {"head_dim": 16, "linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 16}
+        | {"linear_value_head_dim": 16, "shared_expert_intermediate_size": 64}
+        | {"layer_types": ["linear_attention", "full_attention"]},
+    ),
+    "minimax": Architecture(
+        "linear attention and attention, mixture of experts",
+        tf.MiniMaxConfig,
+        LOCAL | {"head_dim": 16, "block_size": 16, "layer_types": ["linear_attention", "full_attention"]},
     ),
     "recurrent_gemma": Architecture(
         "recurrence and attention",

@@ -33,42 +33,51 @@ SOURCES = {"layer": ("adapter_input", "norm", "gated", "attention", "sublayer", 
 
 TEXT = """# What is covered
 
-{count} architectures, each as a tiny random model built from its configuration: two layers of 64 features (Swin: 32
-and 64), LoRA with r = 4 on all linear layers, dropout wherever the family has it; models of torch's own modules are
-trained as a whole. On each of them, under every preset: loss and outputs are bit-identical to the plain model's, in
-training and in evaluation; without a lossy codec the gradient is autograd's up to rounding; with one it is what plain
-autograd makes of the decoded tensors; and fewer bytes are kept. `make test-full` measures all of it, `make test` a
-part. `python tests/coverage_document.py --write` writes this page.
+{count} architectures, each as a tiny random model built from its configuration: two layers of 64 features (less where
+an architecture has stages), LoRA with r = 4 on all linear layers, dropout wherever the family has it. Models of torch's
+own modules and hand-written ones are trained as a whole. On each of them, under every preset: what the model returns is
+bit-identical to what the plain model returns, in training and in evaluation; without a lossy codec the gradient is
+autograd's up to rounding; with one it is what plain autograd makes of the decoded tensors; and fewer bytes are kept.
+
+`make test` measures this page again, and `make test-full` the gradients of all architectures too.
+`python tests/coverage_document.py --write` writes it.
 
 ## Sites
 
-How many places of each kind were recognised. `stream` counts those norms that `balanced`, `fast` and `smallest` keep
-as steps of the residual stream. A layer's site, or a sublayer's, is the module that runs again in backward.
+How many places of each kind were recognised. `attention` counts modules that call torch's scaled dot product attention,
+themselves or through transformers; where attention is written out, its products are no site. `stream` counts the norms
+that `balanced`, `fast` and `smallest` keep as steps of the residual stream, where there is one. A `sublayer` or a
+`layer` is a module that runs again in backward, so that nothing inside it is kept.
 
 {sites}
 
 ## Saved bytes
 
-Per cent of what plain autograd keeps for backward; `tensor`, `sublayer` and `layer` at rank 1/4. On models this
-small, with 128 tokens a step, what does not grow with the tokens or the width (bases, the sum of the stream, tokens
-kept as they are) weighs far more than on yours: read whether a preset works here, not how well.
+Per cent of what plain autograd keeps for backward; `tensor`, `sublayer` and `layer` at rank 1/4. On models this small,
+with 128 tokens a step in fp32, what grows neither with the tokens nor with the layers (bases, the sum of the stream,
+tokens kept as they are) weighs far more than on yours, and `exact`, which drops fp32 copies, has none to drop: read
+whether a preset works here, not how well. High figures under `sublayer` and `balanced` are models whose MLP is no
+module of its own, or whose norms stand inside the sublayer; `layer` is for them.
 
 {shares}
 
 ## What stays exact, and why
 
-A module that loract does not take over runs as it always did, with exact gradients and all of its bytes;
-`handle.left` lists such modules with the reason. Most often this is by design:
+What loract does not take over runs as it always did, with exact gradients and all of its bytes; `handle.left` lists it
+with the reason:
 
-- *chooses by its inputs*: the block of a mixture of experts is not run again from a coded input, since a token could
-  then go to other experts. What is inside it (attention, the experts) still runs again.
-- *no norm that reads a residual stream*: the norms come after the sums, or are none that loract knows.
-- *a run changes its buffers or its inputs*, *gives other values*: a second run would not be the first.
-- *values are not bit-equal*, *not the value of any known norm* and the like: it looked like a site, and was not one.
+- *chooses by its inputs*: the block of a mixture of experts does not run again from a coded input, since a token could
+  then go to other experts. Attention and the experts inside it still do, each by itself.
+- *adapter of something other than a linear map*: adapters of convolutions and of stacked experts keep what PEFT keeps.
+  Where the experts run again, that is nothing.
+- *is called with other arguments than one tensor*: norms with a gate, norm(x, gate), of state space models.
+- *not the value of any known norm*, *gated block whose value is not ...*, *probe failed*: it looked like a site, and
+  was none that loract knows. Group and batch norms are none.
+- *a run changes its buffers or its inputs*, *a second run gives other values*: the module cannot run a second time
+  without a trace, or is not the same function then.
 
-Beside these, whatever is no site at all stays with plain autograd and is not listed: scans of state space models,
-convolutions, positions, routers, products inside attention that is written out. Where a layer or sublayer runs again,
-this is not kept either.
+Whatever is no site at all stays with plain autograd too and is not listed: scans of state space models, convolutions,
+positions, routers, attention that is written out. Where the layer or sublayer around it runs again, it is not kept.
 
 {left}
 """
@@ -89,6 +98,8 @@ class Plain:
 @functools.lru_cache(maxsize=1)
 def plain(name):
     model, batch = build(name)
+    for module in model.modules():  # running statistics would make the next evaluation another one
+        module.__dict__.update({"momentum": 0.0} if isinstance(module, torch.nn.BatchNorm2d) else {})
     size, out = saved_bytes(lambda: output(model, batch), model.parameters())
     return Plain(model, batch, size, out.detach(), evaluated(model, batch), gradients(model, out))
 

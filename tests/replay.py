@@ -104,7 +104,7 @@ class _Instead(torch.autograd.Function):
         ctx.function, ctx.decoded, ctx.count, ctx.tensors = function, decoded, count, tensors
         leaves, ctx.spec = tree_flatten(value())
         ctx.set_materialize_grads(False)
-        return tuple(leaf.view_as(leaf) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves)
+        return tuple(leaf.clone() if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves)
 
     @staticmethod
     def backward(ctx, *grads):
@@ -238,7 +238,7 @@ def _region(module, calls):
         leaves, spec = tree_flatten((args, kwargs))
         places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
         tensors = [leaves[i] for i in places]
-        decoded = [next(d for x, d in pairs if x.shape == t.shape and torch.equal(x, t)) for t in tensors]
+        decoded = [next(d for x, d in pairs if x.dtype == t.dtype and torch.equal(x, t)) for t in tensors]
 
         def run(*given):
             filled = list(leaves)

@@ -208,6 +208,24 @@ def test_llama_trained_otherwise(case, preset, codec):
 
 
 @pytest.mark.parametrize("preset", REGIONS)
+def test_parametrized_weights_that_are_cached_beyond_a_call(preset):
+    """A first run without a graph would leave them in the cache without theirs, and the gradient would be lost."""
+    model, batch = build("written")
+    for block in model.blocks:
+        torch.nn.utils.parametrizations.weight_norm(block.mlp[0])
+
+    def forward():
+        with torch.nn.utils.parametrize.cached():
+            return output(model, batch)
+
+    handle = assert_equal_training(model, forward, EXACT[preset], 1e-5)
+    refused = {name for name, _, reason in handle.left if "cached" in reason}
+    assert refused == {f"blocks.{i}.mlp" if preset == "sublayer" else f"blocks.{i}" for i in range(2)} | (
+        {f"blocks.{i}.mlp" for i in range(2)}
+    )
+
+
+@pytest.mark.parametrize("preset", REGIONS)
 def test_adapters_on_stacked_experts(preset):
     targets = {"target_modules": ["q_proj"], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
     model, batch = build("mixtral", targets=targets)

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from loract.arguments import Draws, Parts, Rebuild, Rest, parts
 from loract.attention import Blockwise
@@ -164,6 +165,9 @@ class Region:
 
     def _observed(self) -> str | None:
         """Why this call may not run without a graph: somebody records values inside, whose gradient would be lost."""
+        cached = parametrize._cache_enabled > 0  # values that a run without a graph would leave to the others
+        if cached and any(map(parametrize.is_parametrized, (self.module, *self.inner))):
+            return "parametrized weights inside are cached beyond the call"
         for module in self.inner:
             if any(not _dormant(hook) for hook in module._forward_hooks.values()):
                 return f"values inside are recorded ({type(module).__name__} has a forward hook)"
@@ -225,13 +229,16 @@ class Region:
             return not mixing.found
         with self._lock, self._aliased(_shaken), torch.no_grad():
             (whole,) = self._run(rebuild, tensors).tensors
+            rows = x.reshape(-1, x.shape[-1])[1::2]
+            if len(rows) == x.shape[1]:  # as many as in a sample: the module may be made for that number
+                rows = rows[1:]
             try:
-                (part,) = self._run(rebuild, [x.reshape(-1, x.shape[-1])[None, 1::2]]).tensors
+                (part,) = self._run(rebuild, [rows[None]]).tensors
             except Exception:  # made for one number of tokens
                 return False
-        if whole.shape[:-1] != x.shape[:-1]:
+        if whole.shape[:-1] != x.shape[:-1] or len(rows) == 0:
             return False
-        whole = whole.reshape(-1, whole.shape[-1])[1::2]
+        whole = whole.reshape(-1, whole.shape[-1])[1::2][-len(rows) :]
         if part.numel() != whole.numel():
             return False
         # Products of other shapes round otherwise.

@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from loract.codecs.base import contract_dense
 from loract.cpu import product_dtype, unwidened
-from loract.functions.base import no_autocast
+from loract.functions.base import no_autocast, owned
 from loract.linalg import promote
 
 
@@ -92,7 +92,7 @@ class _Adapted(Function):
                 y = torch.full((len(flat), len(merged)), torch.nan, dtype=dtype, device=x.device)
         ctx.save_for_backward(x, merged, a, b, z)
         ctx.scaling = scaling
-        return y.reshape(*x.shape[:-1], len(merged))
+        return owned(y.reshape(*x.shape[:-1], len(merged)))
 
     @staticmethod
     @once_differentiable

@@ -15,7 +15,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from loract.codecs.base import Packed
-from loract.functions.base import Autocast, load, no_autocast, save
+from loract.functions.base import Autocast, load, no_autocast, owned, save
 from loract.linalg import promote
 
 
@@ -69,7 +69,7 @@ class _Supplied(Function):
             value = torch.full(shape, torch.nan, dtype=dtype, device=x.device)
         save(ctx, () if packed is None else (packed,), weight)
         ctx.dtypes = (x.dtype, None if bias is None else bias.dtype)
-        return value
+        return owned(value)
 
     @staticmethod
     @once_differentiable

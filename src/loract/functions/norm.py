@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from loract.codecs.base import Memo, Packed, Recomputed, tokens_features, unbound
 from loract.cpu import unwidened
-from loract.functions.base import Autocast, Forward, load, no_autocast, save
+from loract.functions.base import Autocast, Forward, load, no_autocast, owned, save
 from loract.linalg import promote, row_chunks, row_energies
 
 
@@ -107,7 +107,7 @@ def represented(node: Any) -> Packed | None:
 class _Norm(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, call: NormCall) -> Tensor:
-        y = call.forward(x)
+        y = owned(call.forward(x))
         ctx.role, ctx.lossy, ctx.like = call.role, call.lossy, (x.shape, x.dtype)
         ctx.dtypes = [None if t is None else t.dtype for t in (weight, bias)]
         flat, rstd, mean = x.reshape(-1, x.shape[-1]), None, None
