@@ -8,13 +8,18 @@ export HF_HUB_OFFLINE := 1
 # Test processes, a thread each; each may hold a model of half a gigabyte.
 WORKERS ?= 2
 
-.PHONY: demo test check bench docs setup clean
+.PHONY: demo test test-full check bench docs setup clean
 
 demo: setup
 	$(BIN)/loract demo
 
 test: setup
 	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
+
+# Every preset on every architecture as well.
+test-full: setup
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
+	$(BIN)/python -m pytest -q -n $(WORKERS) -m full tests
 
 check: setup
 	$(BIN)/ruff check .

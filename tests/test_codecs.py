@@ -455,6 +455,7 @@ def test_random_codecs_draw_from_the_generator():
         (lambda: LowRank(tolerance=0.0), r"tolerance 0\.0.*next: try tolerance"),
         (lambda: LowRank(tolerance=1.0), r"tolerance 1\.0"),
         (lambda: LowRank(rank=33).encode(normal(48, 32)), "rank=33 for 32 features.*use 1 to 32"),
+        (lambda: LowRank(rank=0.1, guard=False).encode(normal(48, 4)), "rounds to 0 of 4 features"),
         (lambda: Quantized(bits=0), "bits=0.*from 1 to 8"),
         (lambda: Quantized(bits=9), "bits=9"),
         (lambda: Quantized(bits=True), "bits=True"),
@@ -476,6 +477,12 @@ def test_random_codecs_draw_from_the_generator():
 def test_invalid_codecs(make, message):
     with pytest.raises(InvalidSpec, match=message):
         make()
+
+
+def test_what_is_too_narrow_for_a_share_of_its_features_is_kept():
+    x = normal(48, 4)
+    assert not LowRank(rank=0.1).codes(48, 4, x.dtype)
+    assert LowRank(rank=0.1).encode(x).tensors[0] is x
 
 
 def test_recomputed_is_a_function_of_its_inputs_and_owns_nothing():

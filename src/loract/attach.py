@@ -220,6 +220,18 @@ class Handle(Uncopied):
         setattr(target, name, _Forward(value) if callable(value) and name == "forward" else value)
         self._undo.append(undo)
 
+    def _set_of_one(self, item: Found, one: Callable[[Tensor], Tensor]) -> None:
+        """A forward for calls with one tensor, as which the module was recognised; others run as they did."""
+        original = item.module.forward
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if len(args) == 1 and not kwargs:
+                return one(args[0])
+            self._leave(item, "is called with other arguments than one tensor")
+            return original(*args, **kwargs)
+
+        self._set(item.module, "forward", forward)
+
     def _patch_adapter(self, item: Found, site: RunningSite) -> None:
         layer: Any = item.module
         role = item.role
@@ -275,7 +287,7 @@ class Handle(Uncopied):
         original, readers = module.forward, self._readers(module)
         assert isinstance(role, NormRole)
 
-        def forward(x: Tensor) -> Tensor:
+        def one(x: Tensor) -> Tensor:
             weight = None if role.weight is None else getattr(module, role.weight)
             bias = None if role.bias is None else getattr(module, role.bias)
             trains = any(t is not None and t.requires_grad for t in (x, weight, bias))
@@ -303,7 +315,7 @@ class Handle(Uncopied):
                 self.index.put(y, call.output)
             return y
 
-        self._set(module, "forward", forward)
+        self._set_of_one(item, one)
 
     def _readers(self, norm: nn.Module) -> list[nn.Module]:
         """The blocks that may read what the norm begins: its own and those after it; all where there are none."""
@@ -349,22 +361,22 @@ class Handle(Uncopied):
         original = module.forward
         activation = getattr(module, role.activation).forward
 
-        def forward(x: Tensor) -> Tensor:
+        def one(x: Tensor) -> Tensor:
             if not torch.is_grad_enabled():
                 return original(x)
             return gated_forward(module, role, x, lambda gate, up: self._gated(gate, up, activation, site))
 
-        self._set(module, "forward", forward)
+        self._set_of_one(item, one)
 
     def _patch_activation(self, item: Found, site: RunningSite) -> None:
         original = item.module.forward
 
-        def forward(x: Tensor) -> Tensor:
+        def one(x: Tensor) -> Tensor:
             if not torch.is_grad_enabled() or not x.requires_grad:
                 return original(x)
             return self._gated(x, None, original, site)
 
-        self._set(item.module, "forward", forward)
+        self._set_of_one(item, one)
 
     def _gated(
         self, gate: Tensor, up: Tensor | None, activation: Callable[[Tensor], Tensor], site: RunningSite

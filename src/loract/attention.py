@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -69,8 +69,7 @@ class Call:
         )
 
     def plain(self) -> Tensor:
-        """Torch's own output."""
-        grouped = self.enable_gqa or self.query.shape[1] != self.key.shape[1]
+        """Torch's own output, of the arguments as they are: a broadcast head and a grouped one round otherwise."""
         return functional.scaled_dot_product_attention(
             self.query,
             self.key,
@@ -79,8 +78,13 @@ class Call:
             self.dropout_p,
             self.is_causal,
             scale=self.scale,
-            enable_gqa=grouped,
+            enable_gqa=self.enable_gqa,
         )
+
+    def grouped(self) -> Call:
+        """The same with key heads shared by groups of query heads, where nobody has repeated them."""
+        shared = self.query.dim() == 4 and self.query.shape[1] != self.key.shape[1]
+        return replace(self, enable_gqa=self.enable_gqa or shared)
 
 
 class _Meeting(TorchFunctionMode):
@@ -123,7 +127,7 @@ class Blockwise(_Meeting):
     def meet(self, call: Call) -> Tensor:
         """The output, computed or kept."""
         if not call.in_blocks:
-            return call.plain()
+            return call.grouped().plain()
         if not self.kept:
             return call.blockwise()
         packed = self.kept.popleft()
@@ -163,23 +167,25 @@ def register() -> None:
         return
     inner = ALL_ATTENTION_FUNCTIONS["sdpa"]
 
-    def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kw: Any) -> Any:
+    def attention(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kw: Any
+    ) -> Any:
         site: RunningSite | None
         site, parts = getattr(module, "_loract_attention", (None, ()))
         # With one group the function does not repeat heads.
         grouped = cast(Any, SimpleNamespace(is_causal=getattr(module, "is_causal", True)))
         if site is None or site.ledger.trying:
-            return inner(module, query, key, value, mask, **kw)
+            return inner(module, query, key, value, attention_mask, **kw)
         if site.ledger.recomputing:
-            return inner(grouped if query.is_cpu else module, query, key, value, mask, **kw)
+            return inner(grouped if query.is_cpu else module, query, key, value, attention_mask, **kw)
         if not torch.is_grad_enabled() or not query.requires_grad:
-            return inner(module, query, key, value, mask, **kw)
+            return inner(module, query, key, value, attention_mask, **kw)
 
         def forward() -> Tensor:
-            return inner(module, query, key, value, mask, **kw)[0].transpose(1, 2)
+            return inner(module, query, key, value, attention_mask, **kw)[0].transpose(1, 2)
 
         with Coding(site, parts, forward):
-            return inner(grouped, query, key, value, mask, **kw)
+            return inner(grouped, query, key, value, attention_mask, **kw)
 
     ALL_ATTENTION_FUNCTIONS.register(ATTENTION, torch.compiler.disable(attention))
 
@@ -236,16 +242,18 @@ def attention_hooks(
         equal = candidate is not None and agree(candidate, saved)
         if equal and not has_values(saved) and rebuild is _repeated:
             # Queries and the output have that shape too. Keys and values are saved once each, the output after them.
-            equal = saved.untyped_storage()._cdata != query.untyped_storage()._cdata and id(source) not in matched
+            equal = saved.untyped_storage()._cdata != own and id(source) not in matched
         site.verified[signature] = equal
         return equal
 
+    own = query.untyped_storage()._cdata
     sources: list[tuple[Tensor, Callable[[Tensor, Tensor], Tensor | None]]] = []
     if mask is not None and mask.dtype == torch.bool:
         sources.append((mask, _float_mask))
     sources += [(key, _repeated), (value, _repeated)]
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         yield
+    sources.clear()  # the graph holds the hooks, and with them everything that they can reach
     site.begin(before)
     site.stats.bytes_after += kept
 

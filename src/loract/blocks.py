@@ -41,7 +41,7 @@ def find_regions(model: nn.Module, recognised: Recognised) -> list[Found]:
 
     for block in _blocks(model):
         add("layer", block)
-        for module in _sublayers(block, roles):
+        for module in _sublayers(block, roles, _stream_widths(block)):
             add("sublayer", module)
     blocks = [item for (kind, _), item in found.items() if kind == "layer"]
     others = [replace(item, site=replace(item.site, kind="other"), role=BlockRole()) for item in blocks]
@@ -73,7 +73,7 @@ def _declared(module: nn.Module) -> bool:
     return bool(bases & {"GradientCheckpointingLayer", "TransformerEncoderLayer", "TransformerDecoderLayer"})
 
 
-def _sublayers(parent: nn.Module, roles: dict[int, Any]) -> Iterator[nn.Module]:
+def _sublayers(parent: nn.Module, roles: dict[int, Any], stream: set[int]) -> Iterator[nn.Module]:
     """Modules inside `parent` that hold weights and no norm of the residual stream.
 
     A norm would need the value of the projection before it, which is not computed a second time. Attention calls
@@ -91,8 +91,8 @@ def _sublayers(parent: nn.Module, roles: dict[int, Any]) -> Iterator[nn.Module]:
                 yield child
         elif _experts(child):
             yield child
-        elif isinstance(child, (nn.ModuleList, nn.ModuleDict)) or _has_stream_norm(child) or _mixes(child):
-            yield from _sublayers(child, roles)
+        elif isinstance(child, (nn.ModuleList, nn.ModuleDict)) or _has_stream_norm(child, stream) or _mixes(child):
+            yield from _sublayers(child, roles, stream)
         elif _linears(child):
             yield child
 
@@ -111,20 +111,31 @@ def _linears(module: nn.Module) -> tuple[Any, ...]:
 
 
 def _norms(module: nn.Module) -> Iterator[nn.Module]:
-    for m in module.modules():
-        own = list(m.parameters(recurse=False))
-        if own and all(p.dim() == 1 for p in own) and "norm" in type(m).__name__.lower():
-            yield m
+    yield from filter(_is_norm, module.modules())
+
+
+def _is_norm(module: nn.Module) -> bool:
+    own = list(module.parameters(recurse=False))
+    return bool(own) and all(p.dim() == 1 for p in own) and "norm" in type(module).__name__.lower()
 
 
 def _has_norm(module: nn.Module) -> bool:
     return next(_norms(module), None) is not None
 
 
-def _has_stream_norm(module: nn.Module) -> bool:
-    """Whether it holds a norm of a width that a linear map inside reads or returns."""
-    widths = {width for m in _linears(module) for width in features_of(m) or ()}
-    return any(p.shape[0] in widths for m in _norms(module) for p in m.parameters(recurse=False))
+def _stream_widths(block: nn.Module) -> set[int]:
+    """Widths of the residual stream: of the block's own norms, else those that linear maps both read and return.
+
+    A norm of another width is inside a sublayer alone (on heads, on the inputs of a scan).
+    """
+    own = {p.shape[0] for m in block.children() if _is_norm(m) for p in m.parameters(recurse=False)}
+    sizes = [size for m in _linears(block) if (size := features_of(m)) is not None]
+    return own or {read for read, _ in sizes} & {returned for _, returned in sizes}
+
+
+def _has_stream_norm(module: nn.Module, stream: set[int]) -> bool:
+    """Whether it holds a norm of the residual stream."""
+    return any(p.shape[0] in stream for m in _norms(module) for p in m.parameters(recurse=False))
 
 
 def _experts(module: nn.Module) -> bool:
@@ -136,6 +147,8 @@ def _experts(module: nn.Module) -> bool:
 
 def _mixes(module: nn.Module) -> bool:
     """A mixture of experts: stacked experts one level down, or a list of equal modules with linear maps."""
+    if _experts(module):
+        return False
     for child in module.children():
         if _experts(child):
             return True

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from loract.arguments import Draws, Parts, Rebuild, Rest, parts
 from loract.attention import Blockwise
@@ -186,6 +187,9 @@ class Region:
         One that records values would lose their gradient; one that adds arguments (PEFT's for adapters by sample or by
         token) is gone in backward.
         """
+        cached = parametrize._cache_enabled > 0  # values that a run without a graph would leave to the others
+        if cached and any(map(parametrize.is_parametrized, (self.module, *self.inner))):
+            return "parametrized weights inside are cached beyond the call"
         for module in self.inner:
             if is_unit(module):  # its weights are gone when its part has run, in the second run too
                 return f"parts of it are sharded by themselves ({type(module).__name__}): shard whole blocks"
@@ -251,15 +255,18 @@ class Region:
             return not mixing.found
         with self._lock, self._aliased(_shaken), torch.no_grad():
             (whole,) = self._run(rebuild, tensors).tensors
+            rows = x.reshape(-1, x.shape[-1])[1::2]
+            if len(rows) == x.shape[1]:  # as many as in a sample: the module may be made for that number
+                rows = rows[1:]
             try:
-                (part,) = self._run(rebuild, [x.reshape(-1, x.shape[-1])[None, 1::2]]).tensors
+                (part,) = self._run(rebuild, [rows[None]]).tensors
             except (MemoryError, torch.OutOfMemoryError):
                 raise
             except Exception:  # made for one number of tokens
                 return False
-        if whole.shape[:-1] != x.shape[:-1]:
+        if whole.shape[:-1] != x.shape[:-1] or len(rows) == 0:
             return False
-        whole = whole.reshape(-1, whole.shape[-1])[1::2]
+        whole = whole.reshape(-1, whole.shape[-1])[1::2][-len(rows) :]
         if part.numel() != whole.numel():
             return False
         # Products of other shapes round otherwise.

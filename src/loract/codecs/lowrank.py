@@ -80,6 +80,8 @@ class LowRank:
         """Whether C and P take fewer bytes than x at the configured rank, or `guard` is off; never for integers."""
         if not dtype.is_floating_point or tokens == 0 or features == 0:
             return False
+        if self.guard and isinstance(self.rank, float) and round(self.rank * features) == 0:  # too narrow for a share
+            return False
         return not self.guard or self._shrinks(self._rank(tokens, features), tokens, features, dtype)
 
     def encode(self, x: Tensor, generator: torch.Generator | None = None, state: State | None = None) -> Packed:

@@ -17,7 +17,7 @@ from torch.autograd import Function
 
 from loract.codecs.base import contract_dense
 from loract.cpu import product_dtype, unwidened
-from loract.functions.base import first_order, no_autocast
+from loract.functions.base import first_order, no_autocast, owned
 from loract.linalg import promote
 
 
@@ -107,7 +107,7 @@ class _Adapted(Function):
                 y = torch.full((len(flat), len(merged)), torch.nan, dtype=dtype, device=x.device)
         ctx.save_for_backward(x, merged, a, b, z)
         ctx.scaling = scaling
-        return y.reshape(*x.shape[:-1], len(merged))
+        return owned(y.reshape(*x.shape[:-1], len(merged)))
 
     @staticmethod
     @first_order

@@ -22,7 +22,7 @@ from loract.cpu import unwidened
 from loract.errors import LoractError
 from loract.functions.attention_blocks import Operands, operand_gradients, output
 from loract.functions.attention_plan import four, plans_of
-from loract.functions.base import Forward, first_order, load, no_autocast, save
+from loract.functions.base import Forward, first_order, load, no_autocast, owned, save
 
 
 def supports(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout_p: float) -> bool:
@@ -114,11 +114,11 @@ class _Attention(Function):
         # Found here, where the mask is the object that all layers share: hooks may give backward another one.
         ctx.plans = plans_of(query, key, mask, causal) if query.is_cpu else ()
         if forward is not None:
-            return forward()
+            return owned(forward())
         with no_autocast(query), unwidened():
             if not query.is_cpu:
                 return _kernel(query, key, value, mask, scale, causal)
-            return output(Operands(query, key, value, mask, scale, ctx.plans))
+            return owned(output(Operands(query, key, value, mask, scale, ctx.plans)))
 
     @staticmethod
     @first_order

@@ -31,6 +31,11 @@ def load(ctx: Any) -> tuple[tuple[Packed, ...], tuple[Tensor | None, ...]]:
     return bind_all(ctx.packed, saved[ctx.others :]), saved[: ctx.others]
 
 
+def owned(x: Tensor) -> Tensor:
+    """X, no longer a view: what a Function returns as a view autograd lets nobody edit in place, and models do."""
+    return x.data if x._is_view() else x
+
+
 @dataclass(frozen=True, kw_only=True)
 class Autocast:
     """The autocast state of a forward pass, to run part of it again in backward."""

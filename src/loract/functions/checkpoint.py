@@ -16,7 +16,7 @@ from torch.autograd import Function
 
 from loract.codecs.base import Memo, Packed, Recomputed, tokens_features
 from loract.codecs.exact import ExactPacked
-from loract.functions.base import first_order, load, save
+from loract.functions.base import first_order, load, owned, save
 
 Leaves = Sequence[Tensor]
 TOKENS = 1024
@@ -135,6 +135,7 @@ class _Checkpoint(Function):
         ctx.set_materialize_grads(False)
         inputs = tensors[:count]
         outputs, rerun.remake = rerun.values(inputs)
+        outputs = [owned(out) for out in outputs]
         like = tuple((t.shape, t.requires_grad) for t in inputs)
         ctx.graph = graph = _Graph(again=rerun.again, like=like, by_token=rerun.by_token, memo=Memo())
         graph.memo.reserve()

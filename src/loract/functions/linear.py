@@ -15,7 +15,7 @@ from torch.autograd import Function
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from loract.codecs.base import Packed
-from loract.functions.base import Autocast, first_order, load, no_autocast, save
+from loract.functions.base import Autocast, first_order, load, no_autocast, owned, save
 from loract.linalg import promote
 
 
@@ -102,7 +102,7 @@ class _Supplied(Function):
             value = torch.full(shape, torch.nan, dtype=dtype, device=x.device)
         save(ctx, () if packed is None else (packed,), weight)
         ctx.dtypes = (x.dtype, None if bias is None else bias.dtype)
-        return value
+        return owned(value)
 
     @staticmethod
     @first_order

@@ -18,7 +18,7 @@ from torch.autograd import Function
 
 from loract.codecs.base import Memo, Packed, Recomputed, tokens_features, unbound
 from loract.cpu import unwidened
-from loract.functions.base import Autocast, Forward, first_order, load, no_autocast, save
+from loract.functions.base import Autocast, Forward, first_order, load, no_autocast, owned, save
 from loract.linalg import promote, row_chunks, row_energies
 
 
@@ -108,7 +108,7 @@ def represented(node: Any) -> Packed | None:
 class _Norm(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, call: NormCall) -> Tensor:
-        y = call.forward(x)
+        y = owned(call.forward(x))
         ctx.role, ctx.lossy, ctx.like = call.role, call.lossy, (x.shape, x.dtype)
         ctx.dtypes = [None if t is None else t.dtype for t in (weight, bias)]
         flat, rstd, mean = x.reshape(-1, x.shape[-1]), None, None
