@@ -239,5 +239,5 @@ def test_adapters_on_stacked_experts(preset, family):
             assert torch.equal(ours, reference)
             assert_same(gradients(model, ours), expected, 0.05 if preset == "balanced" else 1e-5)
         assert after <= 0.1 * before
-    expected = FAMILIES[family][3] if preset != "layer" else 2
+    expected = FAMILIES[family][1] if preset != "layer" else 2
     assert sum(map(bool, calls(handle, "layer" if preset == "layer" else "sublayer").values())) == expected
