@@ -70,6 +70,7 @@ with the reason:
   then go to other experts. Attention and the experts inside it still do, each by itself.
 - *adapter of something other than a linear map*: adapters of convolutions and of stacked experts keep what PEFT keeps.
   Where the experts run again, that is nothing.
+- *adapter of a weight*: the same, where PEFT was told to adapt a parameter in the place of a layer.
 - *is called with other arguments than one tensor*: norms with a gate, norm(x, gate), of state space models.
 - *not the value of any known norm*, *gated block whose value is not ...*, *probe failed*: it looked like a site, and
   was none that loract knows. Group and batch norms are none.

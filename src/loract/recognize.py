@@ -112,6 +112,8 @@ def find_adapter(module: nn.Module) -> AdapterRole | str | None:
         return None
     if features_of(module) is None:
         return "adapter of something other than a linear map"
+    if hasattr(module, "parameter_name"):
+        return "adapter of a weight, which it changes before the product"
     variants = getattr(module, "lora_variant", {})
     plain = tuple(
         name for name, a in adapters.items() if type(a) is nn.Linear and a.bias is None and name not in variants
