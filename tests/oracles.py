@@ -6,6 +6,11 @@ import numpy as np
 import torch
 
 
+def normal(*shape, g):
+    """Independent normal numbers in fp64."""
+    return torch.randn(*shape, dtype=torch.float64, generator=g)
+
+
 def orthonormal(rows, columns, generator):
     """Haar-distributed orthonormal columns (rows, columns) in fp64."""
     gaussian = torch.randn(rows, columns, dtype=torch.float64, generator=generator).numpy()

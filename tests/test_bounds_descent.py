@@ -22,16 +22,13 @@ from loract.bounds import (
 from loract.errors import InvalidSpec
 from loract.optim import ProjectedAdamW, Projection
 from loract.rangefinder import Sampled, Truncated
+from oracles import normal
 
 SLACK = 1 + 1e-9
 
 
 def generator(seed=0):
     return torch.Generator().manual_seed(seed)
-
-
-def normal(*shape, g):
-    return torch.randn(*shape, dtype=torch.float64, generator=g)
 
 
 class Quadratic:

@@ -20,16 +20,13 @@ from loract.bounds import (
 from loract.codecs import LowRank, Quantized
 from loract.errors import InvalidSpec
 from loract.functions.norm import NormCall, NormRole, metric, norm
+from oracles import normal
 
 SLACK = 1 + 1e-9
 
 
 def generator(seed=0):
     return torch.Generator().manual_seed(seed)
-
-
-def normal(*shape, g):
-    return torch.randn(*shape, dtype=torch.float64, generator=g)
 
 
 # A linear map

@@ -1,7 +1,6 @@
 """Training runs whose weights' gradients are compressed: they train, resume bit for bit, and save memory."""
 
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -19,15 +18,9 @@ from loract.ddp import WHOLE_STEPS, power_sgd
 from loract.optim import ProjectedAdamW
 from loract.tasks import prepare
 from loract.train import train
-from training import losses, metrics, save_model, settings, texts, write_config, write_rows
+from training import WARNINGS, StopAt, losses, metrics, save_model, settings, texts, write_config, write_rows
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore::FutureWarning:trl.*",
-    "ignore::UserWarning:trl.*",
-    "ignore::UserWarning:datasets.*",
-    "ignore::ResourceWarning",
-    "ignore::DeprecationWarning",
-)
+pytestmark = pytest.mark.filterwarnings(*WARNINGS)
 PROJECTED = {"method": "projected", "rank": 0.25, "refresh": 3}
 TENSOR = {"preset": "tensor", "rank": 0.25, "audit_every": 2}
 
@@ -97,15 +90,6 @@ def test_audits_and_the_ladder_leave_projections_alone(model, data, tmp_path, co
     assert losses(tmp_path / "audited") == losses(tmp_path / "plain")
     found = any("loract/gradient_error" in row for row in metrics(tmp_path / "audited"))
     assert found is (compression["preset"] == "tensor")
-
-
-class StopAt(transformers.TrainerCallback):
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            os.kill(os.getpid(), signal.SIGINT)
 
 
 @pytest.mark.parametrize("bits", [8, 32])

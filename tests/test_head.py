@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from loract import InvalidSpec
+from loract import InvalidSpec, LoractError
 from loract.head import IGNORED, head_loss
 from loract.memory import step_bytes
 
@@ -79,3 +79,8 @@ def test_bad_shapes():
         head_loss(hidden[None], weight, labels)
     with pytest.raises(InvalidSpec, match="chunk=0"):
         head_loss(hidden, weight, labels, chunk=0)
+
+
+def test_second_derivatives_are_refused():
+    with pytest.raises(LoractError, match="create_graph=True"):
+        head_loss(*case()).backward(create_graph=True)

@@ -27,15 +27,9 @@ from loract.tasks import prepare
 from loract.train import train
 from test_fuzz import fuzz
 from test_train_cli import fails
-from training import save_model, settings, texts, write_config, write_rows
+from training import WARNINGS, image_settings, save_model, settings, texts, write_config, write_rows
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore::FutureWarning:trl.*",
-    "ignore::UserWarning:trl.*",
-    "ignore::UserWarning:datasets.*",
-    "ignore::ResourceWarning",
-    "ignore::DeprecationWarning",
-)
+pytestmark = pytest.mark.filterwarnings(*WARNINGS)
 LONGEST = 2000
 """Characters that a message may have."""
 
@@ -296,18 +290,7 @@ def test_damaged_images(tmp_path, monkeypatch, harm, late):
             Image.fromarray(picture).save(tmp_path / "images" / label / f"{i}.png")
     victim = tmp_path / "images" / "light" / "2.png"
     victim.write_bytes(IMAGES[harm](victim.read_bytes()))
-    size = {"image_size": 8, "patch_size": 4, "num_channels": 1, "hidden_size": 16, "num_hidden_layers": 1}
-    values = {
-        "task": "image-classification",
-        "model_type": "vit",
-        "config_overrides": {**size, "num_attention_heads": 2, "intermediate_size": 16},
-        "use_peft": False,
-        "dataset_name": str(tmp_path / "images"),
-        "output_dir": str(tmp_path / "run"),
-        "max_steps": 6,
-        "per_device_train_batch_size": 2,
-        "report_to": "none",
-    }
+    values = image_settings(tmp_path, 16, 1, max_steps=6, per_device_train_batch_size=2)
     if late:
         monkeypatch.setattr("loract.tasks.PROBED_ROWS", 1)
     message = r"at step \d; expected data to read" if late else "row 5 with an image"

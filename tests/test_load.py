@@ -18,6 +18,7 @@ pytest.importorskip("peft")
 from causal import causal, tokens
 from test_fuzz import Stack, state_of
 from tiny import build, grads, run
+from training import WARNINGS, save_model, settings, texts, write_rows
 
 MIB = 1 << 20
 BYTE = loract.Quantized(bits=8, guard=False)
@@ -232,13 +233,7 @@ def descriptors():
     return sorted(found)
 
 
-@pytest.mark.filterwarnings(
-    "ignore::FutureWarning:trl.*",
-    "ignore::UserWarning:trl.*",
-    "ignore::UserWarning:datasets.*",
-    "ignore::ResourceWarning",
-    "ignore::DeprecationWarning",
-)
+@pytest.mark.filterwarnings(*WARNINGS)
 @pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="needs Linux")
 @pytest.mark.parametrize("fails", [False, True], ids=["to the end", "failing"])
 def test_training_leaves_no_thread_and_no_file_open(tmp_path, fails):
@@ -249,7 +244,6 @@ def test_training_leaves_no_thread_and_no_file_open(tmp_path, fails):
     from loract.config import TrainConfig
     from loract.tasks import prepare
     from loract.train import train
-    from training import save_model, settings, texts, write_rows
 
     class Boom(transformers.TrainerCallback):
         def on_step_end(self, args, state, control, **_):

@@ -27,17 +27,11 @@ from loract.tasks import prepare
 from loract.train import train
 from loract.trainer import RunTrainer, shard_on_cpus
 from processes import WORLD, run_pair
-from training import losses, metrics, save_model, settings, texts, write_rows
+from training import WARNINGS, losses, metrics, save_model, settings, texts, write_rows
 
 pytestmark = [
     pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed"),
-    pytest.mark.filterwarnings(
-        "ignore::FutureWarning:trl.*",
-        "ignore::UserWarning:trl.*",
-        "ignore::UserWarning:datasets.*",
-        "ignore::ResourceWarning",
-        "ignore::DeprecationWarning",
-    ),
+    pytest.mark.filterwarnings(*WARNINGS),
 ]
 SECONDS = 200
 EXACT = {"preset": "exact"}

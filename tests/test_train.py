@@ -24,18 +24,24 @@ from loract.config import Compression, TrainConfig
 from loract.tasks import Ready, prepare
 from loract.train import plan, train
 from loract.trainer import make_trainer
-from training import losses, metrics, remembering, save_model, settings, texts, write_config, write_rows
+from training import (
+    WARNINGS,
+    StopAt,
+    image_settings,
+    losses,
+    metrics,
+    remembering,
+    save_model,
+    settings,
+    texts,
+    write_config,
+    write_rows,
+)
 
 HERE = Path(__file__).parent
 TENSOR = {"preset": "tensor", "rank": 0.25, "fidelity_steps": 2}
 SUBLAYER = {"preset": "sublayer", "rank": 0.25, "fidelity_steps": 0}
-pytestmark = pytest.mark.filterwarnings(
-    "ignore::FutureWarning:trl.*",
-    "ignore::UserWarning:trl.*",
-    "ignore::UserWarning:datasets.*",
-    "ignore::ResourceWarning",
-    "ignore::DeprecationWarning",
-)
+pytestmark = pytest.mark.filterwarnings(*WARNINGS)
 
 
 @pytest.fixture(scope="module")
@@ -195,21 +201,9 @@ def test_image_classification_from_scratch(tmp_path):
         (tmp_path / "images" / label).mkdir(parents=True)
         for i in range(8):
             Image.fromarray(numpy.full((8, 8), shade + i, numpy.uint8)).save(tmp_path / "images" / label / f"{i}.png")
-    size = {"image_size": 8, "patch_size": 4, "num_channels": 1, "hidden_size": 32, "num_hidden_layers": 2}
-    values = {
-        "task": "image-classification",
-        "model_type": "vit",
-        "config_overrides": {**size, "num_attention_heads": 2, "intermediate_size": 64},
-        "use_peft": False,
-        "dataset_name": str(tmp_path / "images"),
-        "output_dir": str(tmp_path / "run"),
-        "val_set_size": 4,
-        "max_steps": 20,
-        "learning_rate": 5e-3,
-        "report_to": "none",
-        "activation_compression": {"preset": "sublayer", "exact": True},
-    }
-    result = go(values)
+    compression = {"preset": "sublayer", "exact": True}
+    changes = {"val_set_size": 4, "max_steps": 20, "learning_rate": 5e-3, "activation_compression": compression}
+    result = go(image_settings(tmp_path, 32, 2, **changes))
     assert result.evaluation["accuracy"] == 1
     loaded = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / "run" / "model")
     assert loaded.config.id2label == {0: "dark", 1: "light"}
@@ -244,15 +238,6 @@ def test_tensorboard(model, data, tmp_path):
 
 
 # Resuming
-
-
-class StopAt(transformers.TrainerCallback):
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            os.kill(os.getpid(), signal.SIGINT)
 
 
 @pytest.mark.parametrize(

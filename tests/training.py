@@ -26,6 +26,27 @@ LETTERS = string.ascii_lowercase + string.ascii_uppercase + string.digits + " .,
 TEXT = "the quick brown fox jumps over the lazy dog, and then it sleeps. "
 
 
+WARNINGS = (
+    "ignore::FutureWarning:trl.*",
+    "ignore::UserWarning:trl.*",
+    "ignore::UserWarning:datasets.*",
+    "ignore::ResourceWarning",
+    "ignore::DeprecationWarning",
+)
+"""Of the libraries that a run goes through, for `filterwarnings`."""
+
+
+class StopAt(transformers.TrainerCallback):
+    """Ctrl-C at the beginning of a step."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
 def tokenizer():
     words = {"<pad>": 0, "<s>": 1, "</s>": 2, **{letter: i for i, letter in enumerate(LETTERS, 3)}}
     inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<pad>"))
@@ -72,6 +93,21 @@ def settings(model, data, output, **changes):
         "learning_rate": 1e-2,
         "logging_steps": 1,
         "save_steps": 2,
+        "report_to": "none",
+        **changes,
+    }
+
+
+def image_settings(folder, width, layers, **changes):
+    """Of a small vision transformer from scratch, on the images by class in `folder`/images."""
+    size = {"image_size": 8, "patch_size": 4, "num_channels": 1, "hidden_size": width, "num_hidden_layers": layers}
+    return {
+        "task": "image-classification",
+        "model_type": "vit",
+        "config_overrides": {**size, "num_attention_heads": 2, "intermediate_size": 2 * width},
+        "use_peft": False,
+        "dataset_name": str(folder / "images"),
+        "output_dir": str(folder / "run"),
         "report_to": "none",
         **changes,
     }

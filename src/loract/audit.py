@@ -18,7 +18,7 @@ from loract.codecs import Codec, Exact, LowRank, Quantized
 from loract.errors import InvalidSpec, UnsupportedModule, nearest
 from loract.policy import Policy, Site
 from loract.saved import SiteStats
-from loract.sharding import is_split, own, summed
+from loract.sharding import in_group, is_split, own, summed
 
 Loss = Callable[[nn.Module, Any], Tensor]
 OnExcess = Literal["warn", "tighten", "stop"]
@@ -225,7 +225,7 @@ def worst(fidelity: Fidelity | None, device: torch.device) -> tuple[float, float
     error, cosine = (-math.inf, math.inf) if fidelity is None else (fidelity.relative_error, fidelity.cosine)
     if not math.isfinite(error) and fidelity is not None:
         error, cosine = math.inf, 0.0
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    if in_group():
         worst = torch.tensor([error, -cosine], device=device)
         torch.distributed.all_reduce(worst, torch.distributed.ReduceOp.MAX)
         error, cosine = worst[0].item(), -worst[1].item()

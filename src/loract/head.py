@@ -7,9 +7,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from loract.errors import InvalidSpec
+from loract.functions.base import first_order
 
 IGNORED = -100
 """Label of a token that does not count."""
@@ -67,7 +67,7 @@ class _HeadLoss(Function):
         return total
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         made = iter(ctx.saved_tensors)
         return (*(next(made).mul_(grad) if wanted else None for wanted in ctx.wanted), None, None)

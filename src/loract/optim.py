@@ -16,13 +16,14 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 from torch.optim import Optimizer
 
 from loract.errors import InvalidSpec, UnsupportedModule
+from loract.functions.base import first_order
 from loract.linalg import promote, row_chunks, row_energies
 from loract.moments import allocate, read, write
 from loract.rangefinder import RangeFinder, Sampled, resolve_rank
+from loract.sharding import in_group, is_split
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,8 +112,7 @@ class ProjectedAdamW(Optimizer):
                 raise InvalidSpec(f"{name}={value!r}", f"from 0 to below {most:g}", f"correct {name}")
         if not all(0 <= beta < 1 for beta in betas):
             raise InvalidSpec(f"betas={betas!r}", "two numbers from 0 to below 1", "use (0.9, 0.999)")
-        several = torch.distributed.is_available() and torch.distributed.is_initialized()
-        if during_backward and several and torch.distributed.get_world_size() > 1:
+        if during_backward and in_group() and torch.distributed.get_world_size() > 1:
             got = "during_backward under torch.distributed"
             raise InvalidSpec(got, "gradients that are averaged first", "use during_backward=False")
         self.projection, self.seed = projection or Projection(), seed
@@ -132,7 +132,7 @@ class ProjectedAdamW(Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         for parameter in group["params"]:
-            if hasattr(parameter, "placements"):
+            if is_split(parameter):
                 got = "parameters sharded by fully_shard"
                 raise UnsupportedModule(got, "whole ones", "use DDP, or AdamW of torch, which shards its state itself")
             self._places[parameter] = len(self._places)
@@ -317,7 +317,7 @@ class _Apart(Function):
         return parameter.view_as(parameter)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx.optimiser._add(ctx.parameter, grad)
         return None, None

@@ -100,6 +100,11 @@ class Run:
         names = ", ".join(path.name for path in self.checkpoints())
         return (f"one of {names}" if names else "a checkpoint, of which there is none"), "resume without a name"
 
+    def going_on(self, act: str) -> str:
+        """The next step after a fault: to act, and to go on from the last checkpoint where there is one."""
+        kept = self.checkpoints()
+        return f"{act}, then --resume goes on from {kept[-1].name}" if kept else f"{act} and start again"
+
     @contextmanager
     def saving(self, name: str, *, publish: bool = True) -> Generator[Path]:
         """A folder called `name`, out of sight, to write into; in its place afterwards.
@@ -125,11 +130,10 @@ class Run:
             if publish:
                 shutil.rmtree(outer, ignore_errors=True)
             if isinstance(error, (OSError, SafetensorError, RuntimeError)):
-                kept = self.checkpoints()
                 raise LoractError(
                     f"an error while saving {name} ({reason(error)})",
                     "space and permission to write",
-                    f"make room, then --resume goes on from {kept[-1].name}" if kept else "make room and start again",
+                    self.going_on("make room"),
                 ) from error
             raise
 

@@ -37,10 +37,14 @@ def own(tensor: Tensor) -> Tensor:
     return split.to_local() if is_split(tensor) else tensor
 
 
+def in_group() -> bool:
+    """Whether this process belongs to a group that torch.distributed has formed."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
 def rank_seed(seed: int) -> int:
     """A seed for this process: that of the first is `seed` itself; below 2**32 no two of different ranks meet."""
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return seed + (torch.distributed.get_rank() << 32 if distributed else 0)
+    return seed + (torch.distributed.get_rank() << 32 if in_group() else 0)
 
 
 def refuse_other_sharding(model: nn.Module) -> None:

@@ -129,11 +129,10 @@ def train(
         if out_of_memory(error):  # in what does not run again: the optimiser, an evaluation, one of several processes
             raise trainer.no_memory(error) from error
         if isinstance(error, OSError):  # an image that is damaged, a file that is gone, a disk that is full
-            kept = run.checkpoints()
             raise LoractError(
                 f"{reason(error)} at step {trainer.state.global_step + 1}",
                 "data to read and a disk to write to",
-                f"correct it, then --resume goes on from {kept[-1].name}" if kept else "correct it and start again",
+                run.going_on("correct it"),
             ) from error
         raise
     finally:

@@ -46,6 +46,7 @@ def train(
     from transformers import TrainerCallback
 
     from loract.report.page import REPORT, try_report
+    from loract.sharding import in_group
     from loract.train import train as run
 
     main = int(os.environ.get("RANK", "0")) == 0
@@ -64,7 +65,7 @@ def train(
         callbacks=[bar] if main else [],
         tell=(lambda text: status.print(text, highlight=False)) if main else (lambda _: None),
     )
-    if distributed.is_available() and distributed.is_initialized():
+    if in_group():
         distributed.destroy_process_group()  # left to the interpreter's end, its threads may abort the process
     if main:
         _summary(ready.config, result)
