@@ -8,7 +8,6 @@ the rest. Seconds are those of one run after the other on whatever else the mach
 from __future__ import annotations
 
 import argparse
-import ast
 import platform
 import statistics
 import time
@@ -24,30 +23,18 @@ from torch import Tensor
 from loract.cli.common import console, parse_dtype, progress_bar
 from loract.compare import Progress, Ticker, Variant, contend
 from loract.cpu import fast_bf16
-from loract.data import Split, standard_library
-from loract.errors import InvalidSpec, LoractError, nearest
+from loract.data import Split, all_blocks, prose, spread, standard_library
+from loract.errors import InvalidSpec, nearest
 from loract.frontier import Journal, Settings, methods
 from loract.report.table import grid
-from loract.studies import LEARNING_RATE, adamw, evaluate, train_step
+from loract.studies import evaluate, optimiser_of, reset_adapters, train_step
 from loract.weights import gemma_270m, quiet
 from loract.workload import Workload, workload
 
 METHODS = ("LoRA", "loract balanced", "loract smallest", "loract sublayer 1/8")
-DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-SHORTEST = 40
-"""Characters; shorter docstrings say little."""
 
 Load = Callable[[torch.dtype], tuple[Workload, Any]]
 """Makes a model of that dtype with adapters, whose blocks are not looked at, and its tokenizer."""
-
-
-def prose(split: Split) -> Iterator[str]:
-    """Docstrings of the standard library's modules, classes and functions: a text for each file."""
-    for source in standard_library(split):
-        nodes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, DOCUMENTED)]
-        found = [ast.get_docstring(node) for node in nodes]
-        if kept := [text for text in found if text and len(text) > SHORTEST]:
-            yield "\n\n".join(kept)
 
 
 DATASETS: dict[str, Callable[[Split], Iterator[str]]] = {"code": standard_library, "prose": prose}
@@ -148,8 +135,7 @@ class Session:
         losses, seconds = list[float](), list[float]()
         contender = contend(work.model, run.variant)
         try:
-            model, make = contender.model, run.variant.optimiser
-            optimiser = adamw(model) if make is None else make(model, LEARNING_RATE)
+            model, optimiser = contender.model, optimiser_of(contender)
             with self.products():
                 for index in range(self.study.steps):
                     tick(f"{run}: step {index + 1} of {self.study.steps}")
@@ -170,43 +156,13 @@ class Session:
     def _text(self, name: str) -> Text:
         """Read once. B = 0 before training, so that the loss before is one for all seeds and methods."""
         if name not in self._texts:
-            train = blocks(self.tokenizer, DATASETS[name]("train"), self.study.length)
-            held_out = blocks(self.tokenizer, DATASETS[name]("held_out"), self.study.length)
+            train = all_blocks(self.tokenizer, DATASETS[name]("train"), self.study.length)
+            held_out = all_blocks(self.tokenizer, DATASETS[name]("held_out"), self.study.length)
             held_out = spread(held_out, self.study.held_out)
             with self.products():
                 before = evaluate(replace(self.work, held_out=held_out), self.work.model)
             self._texts[name] = Text(train=train, held_out=held_out, before=before)
         return self._texts[name]
-
-
-def reset_adapters(model: Any, seed: int) -> None:
-    """Adapters as PEFT makes them: A drawn with `seed`, B zero."""
-    from peft.tuners.lora import LoraLayer
-
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        for module in model.modules():
-            if isinstance(module, LoraLayer):
-                for name in module.active_adapters:
-                    module.reset_lora_parameters(name, True)
-
-
-def blocks(tokenizer: Any, texts: Iterator[str], length: int) -> Tensor:
-    """All whole blocks of the joined texts: (blocks, length) int64."""
-    ids = [i for text in texts for i in tokenizer(text, truncation=False, verbose=False)["input_ids"]]
-    count = len(ids) // length
-    return torch.tensor(ids[: count * length]).reshape(count, length)
-
-
-def spread(rows: Tensor, count: int) -> Tensor:
-    """`count` rows at equal distances, so that every file has its share.
-
-    Raises:
-        LoractError: there are not so many.
-    """
-    if len(rows) < count:
-        raise LoractError(f"{len(rows)} blocks of {rows.shape[1]}", f"{count} held out", "try a smaller --held-out")
-    return rows[[index * len(rows) // count for index in range(count)]]
 
 
 def run_missing(load: Load, study: Study, journal: Journal, progress: Progress) -> None:

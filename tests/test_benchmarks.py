@@ -154,7 +154,7 @@ def test_prose_is_no_code_and_its_splits_are_disjoint():
 def test_held_out_blocks_come_from_everywhere():
     rows = torch.arange(100)[:, None]
     assert training.spread(rows, 4).flatten().tolist() == [0, 25, 50, 75]
-    with pytest.raises(InvalidSpec.__base__, match="--held-out"):
+    with pytest.raises(InvalidSpec.__base__, match="ask for fewer"):
         training.spread(rows, 101)
 
 

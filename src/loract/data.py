@@ -20,6 +20,10 @@ HELD_OUT_EVERY = 8
 PACKAGES = ("asyncio", "email", "idlelib", "logging", "multiprocessing", "tkinter", "unittest", "xml")
 """Packages of the standard library whose docstrings tell them apart."""
 
+DOCUMENTED = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+SHORTEST = 40
+"""Characters; shorter docstrings say little."""
+
 
 def standard_library(split: Split) -> Iterator[str]:
     """Sources of the standard library's top-level modules, in the order of their names."""
@@ -27,6 +31,14 @@ def standard_library(split: Split) -> Iterator[str]:
     for index, path in enumerate(files):
         if (index % HELD_OUT_EVERY == HELD_OUT_EVERY - 1) == (split == "held_out"):
             yield path.read_text(encoding="utf-8", errors="replace")
+
+
+def prose(split: Split) -> Iterator[str]:
+    """Docstrings of the standard library's top-level modules, their classes and functions: a text for each file."""
+    for source in standard_library(split):
+        nodes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Module | DOCUMENTED)]
+        if kept := [doc for node in nodes if (doc := ast.get_docstring(node)) and len(doc) > SHORTEST]:
+            yield "\n\n".join(kept)
 
 
 def token_blocks(tokenizer: Any, texts: Iterator[str], count: int, length: int) -> Tensor:
@@ -43,6 +55,24 @@ def token_blocks(tokenizer: Any, texts: Iterator[str], count: int, length: int) 
     raise LoractError(f"{len(ids)} tokens", f"{count} blocks of {length}", "ask for fewer blocks or give more text")
 
 
+def all_blocks(tokenizer: Any, texts: Iterator[str], length: int) -> Tensor:
+    """All whole blocks of the joined texts: (blocks, length) int64."""
+    ids = [i for text in texts for i in tokenizer(text, truncation=False, verbose=False)["input_ids"]]
+    count = len(ids) // length
+    return torch.tensor(ids[: count * length]).reshape(count, length)
+
+
+def spread(rows: Tensor, count: int) -> Tensor:
+    """`count` rows at equal distances, so that every file has its share.
+
+    Raises:
+        LoractError: there are not so many.
+    """
+    if len(rows) < count:
+        raise LoractError(f"{len(rows)} blocks of {rows.shape[1]}", f"{count} held out", "ask for fewer")
+    return rows[[index * len(rows) // count for index in range(count)]]
+
+
 class ByteTokenizer:
     """Every byte of the text is a token."""
 
@@ -57,8 +87,8 @@ def docstrings(package: str) -> Iterator[str]:
     """Docstrings of more than 40 characters of the package's functions and classes, in the order of its files."""
     for path in sorted((Path(sysconfig.get_paths()["stdlib"]) / package).rglob("*.py")):
         tree = ast.parse(path.read_text(encoding="utf-8", errors="replace"))
-        nodes = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef)]
-        yield from sorted({doc for node in nodes if (doc := ast.get_docstring(node)) and len(doc) > 40})
+        nodes = [n for n in ast.walk(tree) if isinstance(n, DOCUMENTED)]
+        yield from sorted({doc for node in nodes if (doc := ast.get_docstring(node)) and len(doc) > SHORTEST})
 
 
 def digits(count: int, size: int) -> tuple[Tensor, Tensor]:

@@ -27,7 +27,7 @@ from loract.errors import InvalidSpec, LoractError, nearest, reason
 from loract.memory import Record, step_bytes
 from loract.policy import PRESETS, preset
 from loract.rivals import RIVALS, allocator_bytes, base_dtype, runs_compiled
-from loract.studies import LEARNING_RATE, WARM_STEPS, adamw, evaluate, floor, machine, synchronise, train_step, warm
+from loract.studies import WARM_STEPS, evaluate, floor, machine, optimiser_of, synchronise, train_step, warm
 from loract.workload import Work
 
 MODES = ("layer", "sublayer", "tensor")
@@ -291,8 +291,7 @@ class _Session:
         steps, size = self.settings.steps, self.settings.batch
         losses: list[float] = []
         with self._contending(variant) as contender:
-            model = contender.model
-            optimiser = adamw(model) if variant.optimiser is None else variant.optimiser(model, LEARNING_RATE)
+            model, optimiser = contender.model, optimiser_of(contender)
             for index in range(steps):
                 batch = self.work.rows(WARM_STEPS + size * (1 + index), size)
                 losses.append(train_step(self.work, model, optimiser, batch))

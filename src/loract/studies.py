@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from loract.compare import (
     Body,
@@ -153,7 +153,7 @@ def fine_tune(
     losses: dict[str, list[float]] = {v.name: [] for v in variants}
     with fast_bf16():
         contenders = [contend(work.model, v) for v in variants]
-        optimisers = {c.variant.name: adamw(c.model) for c in contenders}
+        optimisers = {c.variant.name: optimiser_of(c) for c in contenders}
         for index in range(steps):
             ids = work.train[index * batch : (index + 1) * batch]
 
@@ -231,9 +231,32 @@ def warm(work: Work, tick: Ticker) -> None:
         train_step(work, work.model, optimiser, work.warm_batch(index))
 
 
-def adamw(model: Any) -> torch.optim.Optimizer:
-    """The optimiser of every study."""
-    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LEARNING_RATE)
+def adamw(model: Any, rate: float = LEARNING_RATE) -> torch.optim.Optimizer:
+    """AdamW over what trains: the optimiser of every study."""
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate)
+
+
+def optimiser_of(contender: Contender, rate: float = LEARNING_RATE) -> torch.optim.Optimizer:
+    """The variant's own optimiser, or AdamW."""
+    return (contender.variant.optimiser or adamw)(contender.model, rate)
+
+
+def reset_adapters(model: Any, seed: int) -> None:
+    """Adapters as PEFT makes them, A drawn with `seed` and B zero; and beside them, drawn anew, linear maps that PEFT
+    keeps a copy of to train (the classifier of a classification model)."""
+    from peft.tuners.lora import LoraLayer
+    from peft.utils import ModulesToSaveWrapper
+
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        for module in model.modules():
+            if isinstance(module, LoraLayer):
+                for name in module.active_adapters:
+                    module.reset_lora_parameters(name, True)
+            elif isinstance(module, ModulesToSaveWrapper):
+                for linear in module.modules_to_save.modules():
+                    if isinstance(linear, nn.Linear):
+                        linear.reset_parameters()
 
 
 def train_step(work: Work, model: Any, optimiser: torch.optim.Optimizer, batch: Any) -> float:

@@ -1,0 +1,102 @@
+"""A small vision transformer, pretrained here on the digits 0 to 4, and pictures to adapt it to."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from experiments.study import Columns, Task
+from loract.workload import adapted, huggingface
+
+SIZE = 32
+"""Pixels of a side; patches of 4 make 64 tokens and one for the class."""
+PRETRAINING = 250
+ROWS = 32
+BASE = Path("results/experiments/vit_digits_0_to_4.safetensors")
+
+
+def transformer(classes: int) -> Any:
+    """6 layers of 128."""
+    config = huggingface().ViTConfig(
+        hidden_size=128,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        intermediate_size=512,
+        image_size=SIZE,
+        patch_size=4,
+        num_channels=1,
+        num_labels=classes,
+    )
+    return huggingface().ViTForImageClassification(config)
+
+
+def digits(first: int, last: int) -> Columns:
+    """Scikit-learn's 8 x 8 handwritten digits from `first` to `last`, scaled up, with classes from 0."""
+    from sklearn.datasets import load_digits
+
+    found: Any = load_digits()
+    images = torch.tensor(found.images, dtype=torch.float32)[:, None] / 8 - 1
+    labels = torch.tensor(found.target)
+    chosen = (labels >= first) & (labels <= last)
+    scaled = functional.interpolate(images[chosen], size=(SIZE, SIZE), mode="bilinear")
+    return {"images": scaled, "labels": labels[chosen] - first}
+
+
+def split(columns: Columns, every: int = 4) -> tuple[Columns, Columns]:
+    """Rows to train on, and every so-many-th, held out."""
+    held_out = torch.arange(len(columns["labels"])) % every == every - 1
+    return ({k: v[~held_out] for k, v in columns.items()}, {k: v[held_out] for k, v in columns.items()})
+
+
+def logits(model: Any, batch: Columns) -> Tensor:
+    """(rows, classes)."""
+    return model(pixel_values=batch["images"]).logits
+
+
+def loss(model: Any, batch: Columns) -> Tensor:
+    """Mean cross entropy."""
+    return functional.cross_entropy(logits(model, batch), batch["labels"])
+
+
+def right(model: Any, batch: Columns) -> Tensor:
+    """How many are classified right."""
+    return (logits(model, batch).argmax(1) == batch["labels"]).sum()
+
+
+def pretrained(path: Path = BASE, steps: int = PRETRAINING) -> dict[str, Tensor]:
+    """Weights of the body, trained on the digits 0 to 4 when they are asked for the first time."""
+    from safetensors.torch import load_file, save_file
+
+    if path.exists():
+        return load_file(path)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = transformer(5)
+        train, held_out = split(digits(0, 4))
+        task = Task(model=model, train=train, held_out=held_out, loss=loss, right=right)
+        optimiser = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 1e-3, total_steps=steps)
+        for index in range(steps):
+            task.loss(model, task.batch(0, index, ROWS)).backward()
+            optimiser.step()
+            schedule.step()
+            optimiser.zero_grad(set_to_none=True)
+        print(f"pretrained on the digits 0 to 4: accuracy {task.score(model)['accuracy']:.3f}")
+    values = {name: v for name, v in model.state_dict().items() if not name.startswith("classifier")}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(values, path)
+    return values
+
+
+def task(pictures: partial[tuple[Columns, Columns]]) -> Task:
+    """The pretrained transformer with LoRA on every linear map and a new classifier, on (train, held-out) pictures."""
+    train, held_out = pictures()
+    torch.manual_seed(0)
+    model = transformer(int(train["labels"].max()) + 1)
+    model.load_state_dict(pretrained(), strict=False)
+    return Task(model=adapted(model, "SEQ_CLS", 8).train(), train=train, held_out=held_out, loss=loss, right=right)
