@@ -31,7 +31,10 @@ bench: setup
 	$(BIN)/loract bench
 	$(BIN)/loract bench frontier
 
+# Figures first: the theory's are computed, those of the results drawn from their records.
 docs: $(VENV)/.docs
+	$(BIN)/python benchmarks/theory.py --figures-only
+	$(BIN)/python -m experiments.report
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 $(VENV)/.docs: $(STAMP)

@@ -14,7 +14,6 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,11 +39,10 @@ from loract.codecs.base import tokens_features
 from loract.linalg import orthonormalise, singular_values, singular_vectors
 from loract.policy import Kind, Policy, Rule
 from loract.rangefinder import Gaussian, Sampled, Truncated, _draw, resolve_rank
+from loract.report.panels import INK, label, panels, save
 from loract.report.table import grid
 from loract.workload import Work, job
 
-INK = "#808080"
-"""Readable on white and on black."""
 COLOURS = ("#d1772c", "#3a86c8", "#4fa05a", "#a56cc1")
 SPECTRA: dict[str, Callable[[Tensor], Tensor]] = {
     "1 / sqrt(i)": lambda i: i.rsqrt(),
@@ -82,35 +80,6 @@ def relative(x: Tensor, basis: Tensor) -> float:
 
 
 # Figures
-
-
-def panels(count: int) -> tuple[Any, list[Any]]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(4.6 * count, 3.6), layout="constrained")
-    axes: list[Any] = list(figure.subplots(1, count, squeeze=False)[0])
-    for plane in axes:
-        plane.patch.set_alpha(0)
-        plane.tick_params(colors=INK, which="both")
-        plane.grid(visible=True, color=INK, alpha=0.25)
-        for spine in plane.spines.values():
-            spine.set_color(INK)
-    return figure, axes
-
-
-def label(plane: Any, x: str, y: str, title: str) -> None:
-    for put, text in ((plane.set_xlabel, x), (plane.set_ylabel, y), (plane.set_title, title)):
-        put(text, color=INK, fontsize=10)
-    plane.legend(fontsize=8, frameon=False, labelcolor=INK)
-
-
-def save(figure: Any, path: Path) -> Path:
-    import matplotlib
-
-    with matplotlib.rc_context({"svg.hashsalt": path.stem, "svg.fonttype": "none"}):
-        figure.savefig(path, format="svg", transparent=True, metadata={"Date": None})
-    path.write_text("\n".join(line.rstrip() for line in path.read_text().splitlines()) + "\n")
-    return path
 
 
 def sketches(out: Path, seeds: int) -> Path:

@@ -21,6 +21,7 @@ OUTSIDE = {
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
     "benchmarks/README.md": "studies.md",
+    "experiments/README.md": "experiments.md",
 }
 """Pages from outside `docs/`, and what they are called in the site."""
 REST = "In depth"

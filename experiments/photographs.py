@@ -16,6 +16,8 @@ from experiments.study import Columns, Experiment, Task, main
 
 MOST = 200
 """Squares of a picture, so that none outweighs the others."""
+FLAT = 0.02
+"""Deviation of a square that shows nothing."""
 
 
 def pictures() -> list[Tensor]:
@@ -26,8 +28,8 @@ def pictures() -> list[Tensor]:
     from PIL import Image
 
     folder = Path(sklearn.datasets.__file__).parent / "images"
-    portrait: Any = cbook.get_sample_data("grace_hopper.jpg")
-    files = [folder / "china.jpg", folder / "flower.jpg", portrait]
+    portrait: Any = cbook.get_sample_data("grace_hopper.jpg", asfileobj=False)
+    files = [folder / "china.jpg", folder / "flower.jpg", Path(portrait)]
     grey = [numpy.asarray(Image.open(file).convert("L"), dtype=numpy.float32) for file in files]
     relief: Any = cbook.get_sample_data("jacksboro_fault_dem.npz")["elevation"]
     with cbook.get_sample_data("s1045.ima.gz") as file:
@@ -42,6 +44,7 @@ def squares() -> Columns:
     images, labels = list[Tensor](), list[Tensor]()
     for index, picture in enumerate(pictures()):
         cut = picture.unfold(0, SIZE, SIZE).unfold(1, SIZE, SIZE).reshape(-1, 1, SIZE, SIZE)
+        cut = cut[cut.flatten(1).std(1) > FLAT]
         chosen = torch.randperm(len(cut), generator=generator)[:MOST]
         images.append(cut[chosen])
         labels.append(torch.full((len(chosen),), index))

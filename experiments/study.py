@@ -1,10 +1,8 @@
-"""Train one task in many ways from the same starts on the same rows; a finished run is a line and is never run again."""
+"""Train one task in many ways from the same starts on the same rows. A finished run is a line, and not run again."""
 
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -14,15 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from experiments.tables import tables
 from loract.cli.common import console, progress_bar
 from loract.codecs import LowRank
-from loract.compare import Contender, Ticker, Variant, contend, whole_step
+from loract.compare import Contender, Ticker, Variant, alternate, contend, time_ratio, whole_step
 from loract.cpu import fast_bf16
 from loract.frontier import MODES, Journal, Settings, methods
-from loract.memory import MIB
 from loract.policy import preset
 from loract.rangefinder import Gaussian
-from loract.report.table import grid
 from loract.rivals import base_dtype
 from loract.studies import optimiser_of, reset_adapters, train_step
 
@@ -34,6 +31,8 @@ EQUAL = ("LoRA", *RIVALS, "loract exact", "loract balanced", "loract sublayer 1/
 """Methods that are compared at equal memory."""
 SCORED = 32
 """Held-out rows at once."""
+ROUNDS = 5
+"""Timed steps of each method, all methods in turn."""
 
 Columns = dict[str, Tensor]
 """A batch: tensors of equal first dimension."""
@@ -137,6 +136,14 @@ def key(experiment: Experiment, run: Run) -> dict[str, Any]:
     return {**found, "rate": experiment.rate, "seed": run.seed, "equal_memory": run.equal_memory}
 
 
+def time_key(experiment: Experiment, variant: Variant) -> dict[str, Any]:
+    """What identifies a time, which belongs to no seed."""
+    found = key(experiment, Run(variant=variant, seed=0))
+    for unused in ("seed", "equal_memory", "steps", "rate"):
+        found.pop(unused)
+    return {**found, "rounds": ROUNDS}
+
+
 def bytes_of(contender: Contender, task: Task, batch: Columns) -> tuple[int, int]:
     """Saved and peak bytes of a step whose shapes were met before: the first one looks at more."""
     whole_step(contender.model, task, batch)
@@ -165,16 +172,14 @@ def measure(task: Task, experiment: Experiment, run: Run, budget: int | None, ti
     reset_adapters(task.model, run.seed)
     tick(f"{run}: rows that fit" if run.equal_memory else f"{run}: begins")
     rows = experiment.rows if budget is None else fitting(task, run.variant, experiment.rows, budget)
-    losses, seconds = list[float](), list[float]()
+    losses = list[float]()
     contender = contend(task.model, run.variant)
     try:
         optimiser = optimiser_of(contender, experiment.rate)
         for index in range(experiment.steps):
             tick(f"{run}: step {index + 1} of {experiment.steps}")
             batch = task.batch(run.seed, index, rows)
-            start = time.perf_counter()
             losses.append(train_step(task, contender.model, optimiser, batch))
-            seconds.append(time.perf_counter() - start)
         tick(f"{run}: memory and held-out rows")
         saved, peak = bytes_of(contender, task, task.batch(run.seed, 0, rows))
         scores = task.score(contender.model)
@@ -186,19 +191,42 @@ def measure(task: Task, experiment: Experiment, run: Run, budget: int | None, ti
         **scores,
         "saved_bytes": saved,
         "peak_bytes": peak,
-        "step_seconds": statistics.median(seconds),
     }
+
+
+def time_all(task: Task, experiment: Experiment, journal: Journal, tick: Ticker) -> None:
+    """Forward and backward of all methods in turn, round after round; ratios to LoRA's time in the same round."""
+    batch = task.batch(0, 0, experiment.rows)
+    contenders = [contend(task.model, variant) for variant in variants()]
+
+    def step(contender: Contender) -> None:
+        tick(f"timing {contender.variant.name}")
+        task.loss(contender.model, batch).backward()
+        contender.model.zero_grad(set_to_none=True)
+
+    try:
+        for _ in range(ROUNDS + 1):
+            alternate(contenders, step)
+    finally:
+        for contender in contenders:
+            contender.close()
+            contender.seconds = contender.seconds[1:]  # the first step looks at shapes and fills caches
+    for contender in contenders:
+        ratio = time_ratio(contender, contenders[0])
+        values = {"time_ratio": ratio, "seconds": contender.seconds}
+        journal.add(time_key(experiment, contender.variant), values)
 
 
 def run_missing(experiment: Experiment, journal: Journal) -> None:
     """Run what the journal lacks. Nothing is loaded where nothing is lacking."""
     missing = [run for run in runs(experiment) if journal.get(key(experiment, run)) is None]
-    if not missing:
+    untimed = any(journal.get(time_key(experiment, v)) is None for v in variants())
+    if not missing and not untimed:
         return
     with progress_bar() as progress:
         progress("loading the model", 0, 1)
         task = experiment.load()
-        tick = Ticker(progress, len(missing) * (experiment.steps + 2))
+        tick = Ticker(progress, len(missing) * (experiment.steps + 2) + untimed * len(variants()) * (ROUNDS + 1))
         with fast_bf16() if base_dtype(task.model) == torch.bfloat16 else nullcontext():
             budget = None
             for run in missing:
@@ -207,6 +235,8 @@ def run_missing(experiment: Experiment, journal: Journal) -> None:
                 values = measure(task, experiment, run, budget if run.equal_memory else None, tick)
                 journal.add(key(experiment, run), values)
                 console.print(f"{run}: held-out loss {values['loss']:.4f}", highlight=False)
+            if untimed:
+                time_all(task, experiment, journal, tick)
 
 
 def _budget(task: Task, experiment: Experiment) -> int:
@@ -216,45 +246,6 @@ def _budget(task: Task, experiment: Experiment) -> int:
         return bytes_of(contender, task, task.batch(0, 0, experiment.rows))[1]
     finally:
         contender.close()
-
-
-def table(found: Sequence[dict[str, Any]]) -> str:
-    """Lines of a journal as a table in Markdown: means over the seeds, with what the seeds differ by."""
-    by_name: dict[str, list[dict[str, Any]]] = {}
-    for line in found:
-        by_name.setdefault(line["method"], []).append(line["values"])
-    if not by_name:
-        return ""
-    plain = by_name.get("LoRA") or next(iter(by_name.values()))
-    several = max(map(len, by_name.values())) > 1
-    score = "accuracy" if "accuracy" in plain[0] else None
-    heads = ["method", *([score] if score else []), "held-out loss", "saved MiB", "of LoRA's", "peak MiB", "step time"]
-    if len({values["rows"] for each in by_name.values() for values in each}) > 1:
-        heads.insert(1, "rows a step")
-    lines = [heads, ["---", *["---:"] * (len(heads) - 1)]]
-    for name, each in by_name.items():
-        cells = {
-            "method": name,
-            "rows a step": f"{statistics.median(v['rows'] for v in each):.0f}",
-            "accuracy": _spread([100 * v["accuracy"] for v in each], 1, several) + " %" if score else "",
-            "held-out loss": _spread([v["loss"] for v in each], 4 if not several else 3, several),
-            "saved MiB": f"{_mean(each, 'saved_bytes') / MIB:.1f}",
-            "of LoRA's": f"{100 * _mean(each, 'saved_bytes') / _mean(plain, 'saved_bytes'):.1f} %",
-            "peak MiB": f"{_mean(each, 'peak_bytes') / MIB:.1f}",
-            "step time": f"{_mean(each, 'step_seconds') / _mean(plain, 'step_seconds'):.2f}x",
-        }
-        lines.append([cells[head] for head in heads])
-    return grid(lines)
-
-
-def _mean(each: Sequence[dict[str, Any]], name: str) -> float:
-    return statistics.fmean(values[name] for values in each)
-
-
-def _spread(values: Sequence[float], digits: int, several: bool) -> str:
-    """Mean, and half of what lies between the least and the greatest."""
-    half = (max(values) - min(values)) / 2
-    return f"{statistics.fmean(values):.{digits}f}" + (f" ± {half:.{digits}f}" if several else "")
 
 
 def main(experiment: Experiment, arguments: Sequence[str] | None = None) -> None:
@@ -272,9 +263,7 @@ def main(experiment: Experiment, arguments: Sequence[str] | None = None) -> None
     experiment = replace(experiment, **sizes)
     journal = Journal(given.out / f"{experiment.name}.jsonl")
     run_missing(experiment, journal)
-    for equal in (False, True):
-        chosen = [run for run in runs(experiment) if run.equal_memory is equal]
-        lines = [{**key(experiment, run), "values": journal.get(key(experiment, run))} for run in chosen]
-        if lines:
-            console.print("At equal memory:" if equal else experiment.title, highlight=False)
-            console.print(table(lines), markup=False, highlight=False)
+    every = [key(experiment, run) for run in runs(experiment)] + [time_key(experiment, v) for v in variants()]
+    for title, drawn in tables([{**each, "values": journal.get(each)} for each in every]).items():
+        console.print(f"{experiment.title}{title and f', at {title}'}", highlight=False)
+        console.print(drawn, markup=False, highlight=False)

@@ -8,7 +8,12 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 PAGES = sorted(
     path
-    for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("benchmarks/*.md"))
+    for path in (
+        *ROOT.glob("*.md"),
+        *ROOT.glob("docs/**/*.md"),
+        *ROOT.glob("benchmarks/*.md"),
+        *ROOT.glob("experiments/*.md"),
+    )
     if path.name != "LICENSE.md"
 )
 NOT_RUN = re.compile(r"<!-- not run: .+ -->")

@@ -242,8 +242,10 @@ def optimiser_of(contender: Contender, rate: float = LEARNING_RATE) -> torch.opt
 
 
 def reset_adapters(model: Any, seed: int) -> None:
-    """Adapters as PEFT makes them, A drawn with `seed` and B zero; and beside them, drawn anew, linear maps that PEFT
-    keeps a copy of to train (the classifier of a classification model)."""
+    """Adapters as PEFT makes them: A drawn with `seed`, B zero.
+
+    So are the linear maps of which PEFT keeps a copy to train, as a classification model's head.
+    """
     from peft.tuners.lora import LoraLayer
     from peft.utils import ModulesToSaveWrapper
 
