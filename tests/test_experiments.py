@@ -12,9 +12,10 @@ from torch.nn import functional
 
 from causal import causal
 from experiments import activation_share, instructions, language, photographs, pictures, ranks, report, study
+from experiments.tables import tables
 from loract.compare import contend
 from loract.memory import MIB
-from loract.workload import Workload
+from loract.workload import JOBS, Workload
 from test_benchmarks import characters
 
 LENGTH = 24
@@ -225,9 +226,7 @@ def test_the_share_of_activations(tmp_path, monkeypatch, capsys):
         return Workload(model=model, head=head, train=ids, held_out=ids)
 
     monkeypatch.setattr(activation_share, "SIZES", sizes)
-    monkeypatch.setitem(
-        activation_share.job.__globals__["JOBS"], "gemma", replace(activation_share.job("gemma"), load=load)
-    )
+    monkeypatch.setitem(JOBS, "gemma", replace(JOBS["gemma"], load=load))
     for _ in range(2):
         activation_share.main(("--out", str(tmp_path)))
     assert loaded == [1, 4]
