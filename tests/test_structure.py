@@ -71,6 +71,8 @@ ORDER = [
     "tasks",
     "trainer",
     "train",
+    "textloss",
+    "quantize",
     "export",
     "cli",
 ]

@@ -203,12 +203,29 @@ def export(
     adapter: Annotated[Path, typer.Argument(help="A run's folder, or an adapter's.")],
     out: Annotated[Path, typer.Argument(help="Folder to write the model to.")],
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    quantize: Annotated[str, typer.Option(help="none, int8 or nf4 (bitsandbytes).")] = "none",
+    text: Annotated[
+        Path | None, typer.Option(help="Measure the quantised model's loss on this file, not on Python's library.")
+    ] = None,
+    no_loss: Annotated[
+        bool, typer.Option("--no-loss", help="Do not measure what quantising does to the loss.")
+    ] = False,
 ) -> None:
-    """Merge an adapter into its base model; the folder loads with plain transformers."""
+    """Merge an adapter into its base model, and quantise it if asked; the folder loads with plain transformers."""
     from loract.export import export as run
 
     warnings.simplefilter("ignore")
-    with status.status("merging"):
-        merged = run(adapter, out, dtype=dtype)
+    with status.status("merging" if quantize == "none" else f"merging, {quantize}"):
+        done = run(adapter, out, dtype=dtype, quantize=quantize, text=text, loss=not no_loss)
     size = sum(p.stat().st_size for p in out.rglob("*") if p.is_file())
-    console.print(f"{out}: {merged} layers merged, {size / MIB:.0f} MiB", highlight=False)
+    layers = f"{done.merged} layers merged" + (f", {done.quantised} in {quantize}" if done.quantised else "")
+    console.print(f"{out}: {layers}, {size / MIB:.0f} MiB", highlight=False, soft_wrap=True)
+    if quantize == "none":
+        return
+    console.print(f"weights {done.full_bytes / MIB:.1f} -> {done.written_bytes / MIB:.1f} MiB", highlight=False)
+    if done.losses is not None:
+        before, after = done.losses
+        source = "held-out sources of Python's library" if text is None else text
+        console.print(f"loss {before:.4f} -> {after:.4f} on {done.tokens:,} tokens of {source}", highlight=False)
+    elif not no_loss:
+        console.print("no loss: not a causal language model", highlight=False)
