@@ -9,42 +9,33 @@ its own, the best of those tried, which are all in the records. Finished runs ar
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from loract.attach import attach
 from loract.cli.common import console, parse_dtype, progress_bar
 from loract.compare import Progress, Ticker
-from loract.cpu import fast_bf16
 from loract.errors import InvalidSpec, nearest
+from loract.footprint import TRACKED, Footprint, adamw, footprint
 from loract.frontier import Journal
-from loract.head import head_loss
-from loract.memory import MIB, StorageTracker
+from loract.memory import MIB
 from loract.optim import ProjectedAdamW, Projection
 from loract.policy import preset
 from loract.policyfile import describe
 from loract.rangefinder import Gaussian, RangeFinder, Sampled
 from loract.report.table import grid
-from loract.studies import evaluate, machine, train_step
+from loract.studies import machine
 from loract.weights import gemma_270m
 from loract.workload import Workload, workload
 
-TRACKED = 3
-"""Steps whose memory is followed."""
-
 Make = Callable[[nn.Module, float], torch.optim.Optimizer]
-
-
-def adamw(model: nn.Module, rate: float) -> torch.optim.Optimizer:
-    """Torch's, over what trains."""
-    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate, weight_decay=0.0)
 
 
 def projected(finder: RangeFinder) -> Make:
@@ -105,17 +96,6 @@ def real(study: Study, adapters: bool) -> Workload:
     return work if adapters else whole(work)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Headed(Workload):
-    """With a loss that makes the gradient of the head's weight once, and hands it over apart from the embedding's."""
-
-    apart: Callable[[Tensor], Tensor]
-
-    def head_loss(self, hidden: Tensor, ids: Tensor) -> Tensor:
-        """Mean next-token cross entropy."""
-        return head_loss(hidden[:, :-1].flatten(0, 1), self.apart(self.head), ids[:, 1:].flatten(), chunk=64)
-
-
 def whole(work: Workload) -> Workload:
     """The model under the adapters, every weight of it training."""
     model = work.model.unload()
@@ -123,50 +103,10 @@ def whole(work: Workload) -> Workload:
     return replace(work, model=model, head=model.get_output_embeddings().weight)
 
 
-def headed(work: Workload, optimiser: torch.optim.Optimizer) -> Headed:
-    """The same work with that loss."""
-    apart = optimiser.apart if isinstance(optimiser, ProjectedAdamW) else lambda weight: weight
-    return Headed(**vars(work), apart=apart)
-
-
-def run(work: Workload, method: Method, rate: float, steps: int, tick: Ticker, name: str) -> dict[str, Any]:
+def run(work: Workload, method: Method, rate: float, steps: int, tick: Callable[[str], None]) -> Footprint:
     """Train and evaluate."""
-    losses, seconds = list[float](), list[float]()
-    handle = None if method.policy is None else attach(work.model, method.policy)
-    weights = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in work.model.parameters()}
-    optimiser = method.make(work.model, rate)
-    work, tracker = headed(work, optimiser), StorageTracker()
-    tracker.exclude([*work.model.parameters(), *work.model.buffers(), work.train, work.held_out])
-
-    def step(index: int) -> None:
-        tick(f"{name}: step {index + 1}")
-        start = time.perf_counter()
-        losses.append(train_step(work, work.model, optimiser, work.rows(index, 1)))
-        seconds.append(time.perf_counter() - start)
-
-    try:
-        with fast_bf16():
-            with tracker:
-                for index in range(TRACKED):
-                    step(index)
-            for index in range(TRACKED, steps):
-                step(index)
-            tick(f"{name}: held-out loss")
-            after = evaluate(work, work.model)
-    finally:
-        if handle is not None:
-            handle.detach()
-        if isinstance(optimiser, ProjectedAdamW):
-            optimiser.close()
-    state = [v for s in optimiser.state.values() for v in s.values() if isinstance(v, torch.Tensor)]
-    return {
-        "weight_bytes": sum(weights.values()),
-        "state_bytes": sum(v.numel() * v.element_size() for v in state),
-        "peak_bytes": sum(weights.values()) + tracker.peak_bytes,
-        "step_seconds": statistics.median(seconds[TRACKED:]),
-        "losses": losses,
-        "held_out": after,
-    }
+    with nullcontext() if method.policy is None else attach(work.model, method.policy):
+        return footprint(work, partial(method.make, rate=rate), steps, tick)
 
 
 def run_missing(load: Load, study: Study, chosen: Sequence[Method], journal: Journal, progress: Progress) -> None:
@@ -176,7 +116,8 @@ def run_missing(load: Load, study: Study, chosen: Sequence[Method], journal: Jou
     for method, rate in missing:
         name = f"{method.name}, {rate:g}"
         tick(f"{name}: loading")
-        values = run(load(study, method.adapters), method, rate, study.steps, tick, name)
+        work = load(study, method.adapters)
+        values = asdict(run(work, method, rate, study.steps, lambda text, name=name: tick(f"{name}: {text}")))
         journal.add(study.key(method, rate), values)
         console.print(f"{name}: held-out {values['held_out']:.4f}, peak {values['peak_bytes'] / MIB:.0f} MiB")
 

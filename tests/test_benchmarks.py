@@ -28,7 +28,7 @@ def script(name):
 
 
 training, codecs, rounding, estimates = (script(name) for name in ("training", "codecs", "rounding", "estimates"))
-budgets, full, edge = script("budgets"), script("full"), script("edge")
+budgets, full, edge, combinations = (script(name) for name in ("budgets", "full", "edge", "combinations"))
 
 
 def characters(text, **_):
@@ -316,6 +316,87 @@ def test_every_weight_trains_in_less_memory(tmp_path, capsys):
     assert (tmp_path / "table.md").read_text().strip() in capsys.readouterr().out
     with pytest.raises(InvalidSpec, match="did you mean 'AdamW'"):
         full.main(("--methods", "Adam"), load)
+
+
+@pytest.fixture(scope="module")
+def combined(tmp_path_factory):
+    pytest.importorskip("bitsandbytes")
+    out = tmp_path_factory.mktemp("combinations")
+    sizes = ("--steps", "4", "--length", "64", "--held-out", "1")
+    arguments = ("--model", save_model(out / "model"), *sizes, "--out", str(out))
+    combinations.main(arguments)
+    return out, arguments
+
+
+def test_every_combination_is_a_row(combined, capsys):
+    out, arguments = combined
+    rows = {(row["base"], row["training"], row["activations"]): row["values"] for row in lines(out)}
+    assert list(rows) == [tuple(vars(row).values()) for row in combinations.COMBINATIONS]
+    assert len(rows) == 16
+    combinations.main(arguments, unneeded)
+    table = (out / "table.md").read_text()
+    assert table.strip() in capsys.readouterr().out
+    cells = [tuple(line.strip("| ").split(" | ")) for line in table.splitlines()[2:]]
+    assert [line[:3] for line in cells] == list(rows)
+    assert [float(line[-1]) for line in cells] == [round(values["held_out"], 3) for values in rows.values()]
+
+
+def test_what_a_combination_holds_is_what_it_must(combined):
+    out, arguments = combined
+    study = combinations.Study(model=arguments[1], steps=4, length=64, held_out=1)
+    loaded = {row: combinations.real(study, row).model for row in combinations.COMBINATIONS[::4]}
+    adapted, whole, *quantised = loaded.values()
+    adapters = [p for p in adapted.parameters() if p.requires_grad]
+    assert {p.dtype for p in adapters} == {torch.float32}
+    maps = [m.base_layer.weight for m in adapted.modules() if hasattr(m, "lora_A")]
+    plain = sum(t.numel() * t.element_size() for t in (*adapted.parameters(), *adapted.buffers()))
+    others = plain - sum(2 * w.numel() for w in maps)
+    sizes = {
+        "bf16": plain,
+        "int8": others + sum(w.numel() + 4 * len(w) for w in maps),
+        "NF4": others + sum(w.numel() // 2 + 4 * w.numel() // 64 for w in maps),
+    }
+    small = 200 * len(maps)  # tables of 16 numbers, formats
+    moved = sum(4 * p.numel() for p in adapters)
+    for row, values in ((row, row["values"]) for row in lines(out)):
+        held = values["weight_bytes"] + values["state_bytes"]
+        assert values["peak_bytes"] > held + max(values["activation_bytes"], values["gradient_bytes"])
+        if row["training"] == "LoRA":
+            assert values["weight_bytes"] == pytest.approx(sizes[row["base"]], abs=small)
+            assert values["gradient_bytes"] == moved
+            assert values["state_bytes"] == 2 * moved + 4 * len(adapters)
+    assert {p.dtype for p in whole.parameters() if p.requires_grad} == {torch.bfloat16}
+    assert all(p.requires_grad for p in whole.parameters())
+    for model in quantised:
+        with pytest.raises(RuntimeError, match="only Tensors of floating point dtype can require gradients"):
+            model.requires_grad_(True)
+
+
+def test_activations_shrink_and_losses_stay(combined):
+    found = [row["values"] for row in lines(combined[0])]
+    for kept, checkpointed, balanced, smallest in zip(*(iter(found),) * 4):
+        assert checkpointed["losses"] == kept["losses"]
+        assert balanced["losses"][0] == smallest["losses"][0] == kept["losses"][0]
+        sizes = [values["activation_bytes"] for values in (smallest, balanced, kept)]
+        assert sizes == sorted(set(sizes))
+        assert checkpointed["activation_bytes"] < kept["activation_bytes"] / 3
+    assert len({values["activation_bytes"] for values in (found[2], found[10], found[14])}) == 1  # whatever the base
+    # Projections wait in fp32, a quarter of the numbers: half of the bytes. Of whole gradients there is one.
+    whole, gradients = found[4]["weight_bytes"], found[4]["gradient_bytes"]
+    assert found[4]["state_bytes"] < whole
+    assert 0.5 * whole < gradients < 0.8 * whole
+
+
+def test_some_combinations_are_chosen(tmp_path):
+    chosen = combinations.select(("balanced", "NF4", "int8"))
+    assert [row.name for row in chosen] == ["int8, LoRA, balanced", "NF4, LoRA, balanced"]
+    with pytest.raises(InvalidSpec, match="quantised weights have no gradients"):
+        combinations.main(("--only", "NF4", "all weights", "--out", str(tmp_path)), unneeded)
+    with pytest.raises(InvalidSpec, match="did you mean 'balanced'"):
+        combinations.main(("--only", "balance", "--out", str(tmp_path)), unneeded)
+    with pytest.raises(InvalidSpec, match="more than 3"):
+        combinations.main(("--steps", "3", "--out", str(tmp_path)), unneeded)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")

@@ -157,7 +157,9 @@ def test_zero_grad_forgets_what_waits():
     before = net.weight.detach().clone()
     with ProjectedAdamW(net.parameters(), projection=Projection(rank=2), during_backward=True) as optimiser:
         net(torch.ones(4, 16)).sum().backward()
+        assert optimiser.waiting_bytes == 16 * 2 * 4
         optimiser.zero_grad()
+        assert optimiser.waiting_bytes == 0
         optimiser.step()
     assert torch.equal(net.weight, before)
 

@@ -56,6 +56,7 @@ ORDER = [
     "compare",
     "decomposition",
     "studies",
+    "footprint",
     "rivals",
     "shapes",
     "estimate",

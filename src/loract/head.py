@@ -54,14 +54,15 @@ class _HeadLoss(Function):
             targets, parts = labels[rows].clamp_min(0)[:, None], share[rows][:, None]
             norms = logits.logsumexp(1, keepdim=True)
             total += ((norms - logits.gather(1, targets)) * parts).sum()
-            if not any(wanted):
-                continue
-            # softmax - one-hot, times the token's share
-            slopes = logits.sub_(norms).exp_().mul_(parts).scatter_add_(1, targets, -parts).to(hidden.dtype)
-            if to_hidden is not None:
-                torch.mm(slopes, weight, out=to_hidden[rows])
-            if to_weight is not None:
-                to_weight.addmm_(slopes.T, hidden[rows])
+            if any(wanted):
+                # softmax - one-hot, times the token's share
+                slopes = logits.sub_(norms).exp_().mul_(parts).scatter_add_(1, targets, -parts).to(hidden.dtype)
+                if to_hidden is not None:
+                    torch.mm(slopes, weight, out=to_hidden[rows])
+                if to_weight is not None:
+                    to_weight.addmm_(slopes.T, hidden[rows])
+                del slopes
+            del logits  # or they live until the next chunk's are complete
         ctx.save_for_backward(*(t for t in (to_hidden, to_weight) if t is not None))
         ctx.wanted = wanted
         return total

@@ -228,6 +228,11 @@ class ProjectedAdamW(Optimizer):
         tensors = (value for state in self.state.values() for value in state.values() if isinstance(value, Tensor))
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
+    @property
+    def waiting_bytes(self) -> int:
+        """Of the projections that wait for `step`."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self._waiting.values())
+
     # Projecting
 
     def _collect_all(self) -> None:
