@@ -1,14 +1,12 @@
 """A vision transformer that knows the digits 0 to 4 learns 5 to 9."""
 
-from functools import partial
-
-from experiments.pictures import digits, split, task
+from experiments.pictures import digits, task
 from experiments.study import Experiment, Task, main
 
 
 def load() -> Task:
     """The digits 5 to 9, a quarter of them held out."""
-    return task(partial(split, digits(5, 9)))
+    return task(digits(5, 9))
 
 
 EXPERIMENT = Experiment(

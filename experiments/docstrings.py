@@ -4,9 +4,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from experiments.study import Columns, Experiment, Task, main
+from experiments.study import Columns, Experiment, Task, classification, main, split
 from loract import data
 from loract.data import PACKAGES
 from loract.weights import minilm, quiet
@@ -21,16 +20,6 @@ MOST = 160
 def logits(model: Any, batch: Columns) -> Tensor:
     """(rows, packages)."""
     return model(input_ids=batch["ids"], attention_mask=batch["mask"]).logits
-
-
-def loss(model: Any, batch: Columns) -> Tensor:
-    """Mean cross entropy."""
-    return functional.cross_entropy(logits(model, batch), batch["labels"])
-
-
-def right(model: Any, batch: Columns) -> Tensor:
-    """How many are classified right."""
-    return (logits(model, batch).argmax(1) == batch["labels"]).sum()
 
 
 def load() -> Task:
@@ -58,14 +47,7 @@ def load() -> Task:
     )
     labels = torch.cat([torch.full((len(each),), index) for index, each in enumerate(texts)])
     columns = {"ids": found["input_ids"], "mask": found["attention_mask"], "labels": labels}
-    held_out = torch.arange(len(labels)) % 4 == 3
-    return Task(
-        model=model,
-        train={name: column[~held_out] for name, column in columns.items()},
-        held_out={name: column[held_out] for name, column in columns.items()},
-        loss=loss,
-        right=right,
-    )
+    return classification(model, logits, *split(columns))
 
 
 EXPERIMENT = Experiment(

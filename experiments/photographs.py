@@ -4,14 +4,13 @@ Two photographs come with scikit-learn; a portrait, a relief of the Earth's surf
 matplotlib. Squares do not overlap; a quarter of them is held out.
 """
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from experiments.pictures import SIZE, split, task
+from experiments.pictures import SIZE, task
 from experiments.study import Columns, Experiment, Task, main
 
 MOST = 200
@@ -53,7 +52,7 @@ def squares() -> Columns:
 
 def load() -> Task:
     """Squares of five pictures."""
-    return task(partial(split, squares()))
+    return task(squares())
 
 
 EXPERIMENT = Experiment(

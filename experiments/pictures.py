@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from experiments.study import Columns, Task
+from experiments.study import Columns, Task, classification, split
 from loract.workload import adapted, huggingface
 
 SIZE = 32
@@ -47,25 +46,9 @@ def digits(first: int, last: int) -> Columns:
     return {"images": scaled, "labels": labels[chosen] - first}
 
 
-def split(columns: Columns, every: int = 4) -> tuple[Columns, Columns]:
-    """Rows to train on, and every so-many-th, held out."""
-    held_out = torch.arange(len(columns["labels"])) % every == every - 1
-    return ({k: v[~held_out] for k, v in columns.items()}, {k: v[held_out] for k, v in columns.items()})
-
-
 def logits(model: Any, batch: Columns) -> Tensor:
     """(rows, classes)."""
     return model(pixel_values=batch["images"]).logits
-
-
-def loss(model: Any, batch: Columns) -> Tensor:
-    """Mean cross entropy."""
-    return functional.cross_entropy(logits(model, batch), batch["labels"])
-
-
-def right(model: Any, batch: Columns) -> Tensor:
-    """How many are classified right."""
-    return (logits(model, batch).argmax(1) == batch["labels"]).sum()
 
 
 def pretrained(path: Path = BASE, steps: int = PRETRAINING) -> dict[str, Tensor]:
@@ -77,8 +60,7 @@ def pretrained(path: Path = BASE, steps: int = PRETRAINING) -> dict[str, Tensor]
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = transformer(5)
-        train, held_out = split(digits(0, 4))
-        task = Task(model=model, train=train, held_out=held_out, loss=loss, right=right)
+        task = classification(model, logits, *split(digits(0, 4)))
         optimiser = torch.optim.AdamW(model.parameters(), lr=1e-3)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 1e-3, total_steps=steps)
         for index in range(steps):
@@ -93,10 +75,9 @@ def pretrained(path: Path = BASE, steps: int = PRETRAINING) -> dict[str, Tensor]
     return values
 
 
-def task(pictures: partial[tuple[Columns, Columns]]) -> Task:
-    """The pretrained transformer with LoRA on every linear map and a new classifier, on (train, held-out) pictures."""
-    train, held_out = pictures()
+def task(pictures: Columns) -> Task:
+    """The pretrained transformer with LoRA on every linear map and a new classifier; a quarter of the rows held out."""
     torch.manual_seed(0)
-    model = transformer(int(train["labels"].max()) + 1)
+    model = transformer(int(pictures["labels"].max()) + 1)
     model.load_state_dict(pretrained(), strict=False)
-    return Task(model=adapted(model, "SEQ_CLS", 8).train(), train=train, held_out=held_out, loss=loss, right=right)
+    return classification(adapted(model, "SEQ_CLS", 8).train(), logits, *split(pictures))

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from experiments.tables import tables
 from loract.cli.common import console, progress_bar
@@ -87,6 +88,24 @@ class Task:
         finally:
             model.train()
         return {"loss": loss / total, **({} if self.right is None else {"accuracy": right / total})}
+
+
+def split(columns: Columns, every: int = 4) -> tuple[Columns, Columns]:
+    """Rows to train on, and every so-many-th, held out."""
+    held_out = torch.arange(len(next(iter(columns.values())))) % every == every - 1
+    return ({k: v[~held_out] for k, v in columns.items()}, {k: v[held_out] for k, v in columns.items()})
+
+
+def classification(model: Any, logits: Callable[[Any, Columns], Tensor], train: Columns, held_out: Columns) -> Task:
+    """The task to tell from a row's (rows, classes) `logits` its class, in `labels`."""
+
+    def loss(model: Any, batch: Columns) -> Tensor:
+        return functional.cross_entropy(logits(model, batch), batch["labels"])
+
+    def right(model: Any, batch: Columns) -> Tensor:
+        return (logits(model, batch).argmax(1) == batch["labels"]).sum()
+
+    return Task(model=model, train=train, held_out=held_out, loss=loss, right=right)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -160,7 +160,7 @@ def test_a_document_without_a_place_says_so():
 
 def test_pictures_are_split_without_overlap():
     for columns, classes in ((pictures.digits(5, 9), 5), (photographs.squares(), 5)):
-        train, held_out = pictures.split(columns)
+        train, held_out = study.split(columns)
         assert len(train["labels"]) + len(held_out["labels"]) == len(columns["labels"])
         assert len(held_out["labels"]) == pytest.approx(len(columns["labels"]) / 4, abs=1)
         assert set(held_out["labels"].tolist()) == set(range(classes))
