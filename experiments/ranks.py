@@ -65,18 +65,19 @@ def measure(experiment: Experiment, journal: Journal, steps: Sequence[int] = STE
 
 
 def table(found: Sequence[dict[str, Any]]) -> str:
-    """One line a kind, one column a step, in Markdown."""
+    """One line a kind, with a figure for each step, in Markdown."""
     steps = sorted({line["step"] for line in found})
-    heads = [*(f"stable rank, step {s}" for s in steps), *(f"energy in n / 8, step {s}" for s in steps)]
-    heads += [f"best error at n / 8, step {s}" for s in steps]
-    lines = [["task", "site", "tensors", *heads], ["---", "---", *["---:"] * (1 + len(heads))]]
+    when = f"after {', '.join(map(str, steps))} steps"
+    lines = [["task", "site", "tensors", f"stable rank {when}", "energy in n / 8", "best error at n / 8"]]
+    lines.append(["---", "---", *["---:"] * 4])
     for name in dict.fromkeys(line["experiment"] for line in found):
         mine = {line["step"]: line["values"] for line in found if line["experiment"] == name}
         for kind, first in mine[steps[0]].items():
-            cells = [f"{mine[s][kind]['stable_rank']:.1f}" for s in steps]
-            cells += [f"{100 * mine[s][kind]['energy_eighth']:.1f} %" for s in steps]
-            cells += [f"{mine[s][kind]['error_eighth']:.2f}" for s in steps]
-            lines.append([name, kind, str(first["tensors"]), *cells])
+            each = [mine[step][kind] for step in steps]
+            ranks = ", ".join(f"{v['stable_rank']:.1f}" for v in each)
+            energies = ", ".join(f"{100 * v['energy_eighth']:.1f}" for v in each)
+            errors = ", ".join(f"{v['error_eighth']:.2f}" for v in each)
+            lines.append([name, kind, str(first["tensors"]), ranks, f"{energies} %", errors])
     return grid(lines)
 
 

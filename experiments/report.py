@@ -24,11 +24,14 @@ FOLDER = ROOT / "docs" / "results"
 TASKS = tuple(module.EXPERIMENT for module in (language, instructions, docstrings, digits, photographs))
 NAMES = (*(task.name for task in TASKS), activation_share.NAME, ranks.NAME)
 GROUPS = (
-    ("others", "#d1772c", "o", ("LoRA", "VeLoRA")),
-    ("presets", "#3a86c8", "s", ("loract exact", "loract balanced", "loract smallest")),
+    ("LoRA, with checkpointing, VeLoRA, LoRA-FA", "#d1772c", "o", ("LoRA", "VeLoRA")),
+    ("exact, balanced, smallest", "#3a86c8", "s", ("loract exact", "loract balanced", "loract smallest")),
     ("layer, sublayer, tensor", "#4fa05a", "^", ("loract",)),
 )
 """Name, colour, mark, and how methods' names begin; the first that fits."""
+
+NAMED = {"LoRA": (0, 6), "LoRA + checkpointing": (10, 6), "loract balanced": (0, -12)}
+"""Methods whose names are written, and where, in points from their marks."""
 
 
 def lines(folder: Path, name: str) -> list[dict[str, Any]]:
@@ -75,12 +78,17 @@ def figure(folder: Path, out: Path) -> Path:
             shown = {"label": name} if name not in seen else {}
             seen.add(name)
             plane.errorbar([x], [y], yerr=spread, fmt=mark, color=colour, markersize=5, elinewidth=0.8, **shown)
-            if method in ("LoRA", "LoRA + checkpointing", "loract balanced"):
-                short = method.removeprefix("loract ").removeprefix("LoRA + ")
-                plane.annotate(short, (x, y), xytext=(4, 4), textcoords="offset points", fontsize=8, color=INK)
+            if method in NAMED:
+                put = {"xytext": NAMED[method], "textcoords": "offset points", "ha": "center"}
+                plane.annotate(
+                    method.removeprefix("loract ").removeprefix("LoRA + "), (x, y), fontsize=8, color=INK, **put
+                )
         plane.set_xscale("log")
         score = "accuracy, %" if "accuracy" in next(iter(by_name.values()))[0] else "held-out loss"
-        label(plane, "saved for backward, MiB", score, task.name, legend=plane is axes[-1])
+        label(plane, "saved for backward, MiB", score, task.name, legend=False)
+    drawn.legend(
+        *axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, labelcolor=INK
+    )
     return save(drawn, out / "scores.svg")
 
 

@@ -249,4 +249,4 @@ def test_ranks_are_followed_through_training(tmp_path, monkeypatch, capsys):
         assert figures["tensors"] >= 1
         assert 1 <= figures["stable_rank"] <= figures["tokens"]
         assert figures["energy_sixteenth"] <= figures["energy_eighth"] <= figures["energy_quarter"] <= 1 + 1e-6
-        assert f"| tiny | {kind} | {figures['tensors']} | {figures['stable_rank']:.1f} |" in shown
+        assert f"| tiny | {kind} | {figures['tensors']} | {figures['stable_rank']:.1f}, " in shown
