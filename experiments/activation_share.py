@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from experiments.study import RECORDS
+from loract.cli import silence
 from loract.cli.common import console, progress_bar
 from loract.compare import Ticker, Variant, contend
 from loract.cpu import fast_bf16
@@ -102,6 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measure what is missing and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=RECORDS, help="folder of the records")
+    silence()
     journal = Journal(parser.parse_args(arguments).out / f"{NAME}.jsonl")
     missing = [size for size in SIZES if any(journal.get(key(size, v)) is None for v in variants())]
     with progress_bar() as progress:

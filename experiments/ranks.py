@@ -14,6 +14,7 @@ import torch
 from experiments import docstrings, language
 from experiments.study import RECORDS, Experiment
 from loract.atlas import Spectrum, atlas
+from loract.cli import silence
 from loract.cli.common import console, progress_bar
 from loract.cpu import fast_bf16
 from loract.frontier import Journal
@@ -85,6 +86,7 @@ def main(arguments: Sequence[str] | None = None, experiments: Sequence[Experimen
     """Measure what is missing and print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=RECORDS, help="folder of the records")
+    silence()
     journal = Journal(parser.parse_args(arguments).out / f"{NAME}.jsonl")
     for experiment in experiments:
         measure(experiment, journal)

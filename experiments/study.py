@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from experiments.tables import tables
+from loract.cli import silence
 from loract.cli.common import console, progress_bar
 from loract.codecs import LowRank
 from loract.compare import Contender, Ticker, Variant, alternate, contend, time_ratio, whole_step
@@ -278,6 +280,8 @@ def main(experiment: Experiment, arguments: Sequence[str] | None = None) -> None
     parser.add_argument("--seeds", type=int, nargs="+", default=list(experiment.seeds), help="of starts and orders")
     parser.add_argument("--out", type=Path, default=RECORDS, help="folder of the records")
     given = parser.parse_args(arguments)
+    silence()
+    warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers for what has another name now
     sizes = {"steps": given.steps, "rows": given.rows, "rate": given.rate, "seeds": tuple(given.seeds)}
     experiment = replace(experiment, **sizes)
     journal = Journal(given.out / f"{experiment.name}.jsonl")

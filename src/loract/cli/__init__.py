@@ -11,10 +11,15 @@ TALKATIVE = ("bitsandbytes", "torchao", "torch.utils._pytree")
 """Loggers that tell of kernels that are not there for this machine, at each import."""
 
 
-def main() -> None:
-    """Run the command; a user's mistake is one line on stderr and exit status 2."""
+def silence() -> None:
+    """Let other libraries speak of errors alone."""
     for name in TALKATIVE:
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def main() -> None:
+    """Run the command; a user's mistake is one line on stderr and exit status 2."""
+    silence()
     try:
         from loract.cli.app import app
     except ImportError as missing:
