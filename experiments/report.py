@@ -62,8 +62,8 @@ def written(text: str, found: dict[str, str]) -> str:
 
 
 def figure(folder: Path, out: Path) -> Path:
-    """Score against saved memory, a panel for each task that has several seeds, and one for each that has not."""
-    drawn, axes = panels(len(TASKS), width=3.6, height=3.8)
+    """Score against saved memory, a panel for each task."""
+    drawn, axes = panels(len(TASKS), columns=3, width=3.6, height=3.2)
     for plane, task in zip(axes, TASKS, strict=True):
         by_name: dict[str, list[dict[str, Any]]] = {}
         for line in lines(folder, task.name):

@@ -10,8 +10,8 @@ from loract.errors import MissingExtra
 INK = "#808080"
 
 
-def panels(count: int, *, width: float = 4.6, height: float = 3.6) -> tuple[Any, list[Any]]:
-    """A figure, and so many axes beside each other (inches each).
+def panels(count: int, *, columns: int | None = None, width: float = 4.6, height: float = 3.6) -> tuple[Any, list[Any]]:
+    """A figure and so many axes (inches each), beside each other or in rows of `columns`.
 
     Raises:
         MissingExtra: matplotlib is not installed.
@@ -20,8 +20,13 @@ def panels(count: int, *, width: float = 4.6, height: float = 3.6) -> tuple[Any,
         from matplotlib.figure import Figure
     except ImportError as missing:
         raise MissingExtra("no matplotlib", "matplotlib for plots", "pip install 'loract[cli]'") from missing
-    figure = Figure(figsize=(width * count, height), layout="constrained")
-    axes: list[Any] = list(figure.subplots(1, count, squeeze=False)[0])
+    columns = columns or count
+    rows = -(-count // columns)
+    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
+    every: list[Any] = list(figure.subplots(rows, columns, squeeze=False).flat)
+    axes = every[:count]
+    for plane in every[count:]:
+        plane.remove()
     for plane in axes:
         plane.patch.set_alpha(0)
         plane.tick_params(colors=INK, which="both")
