@@ -307,6 +307,16 @@ def test_what_does_not_quantise_leaves_nothing(adapter, tmp_path, monkeypatch):
         patch.setattr("transformers.quantizers.quantizer_bnb_8bit.Bnb8BitHfQuantizer.validate_environment", refused)
         with pytest.raises(LoractError, match=r"does not quantise \(a kernel is missing\)"):
             export(adapter[0], tmp_path / "out", quantize="int8", loss=False)
+
+    def cut(self, folder, *args, **kwargs):
+        save(self, folder, *args, **kwargs)
+        if Path(folder).parent == tmp_path:  # the quantised one
+            (Path(folder) / "model.safetensors").write_bytes(b"half")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(transformers.PreTrainedModel, "save_pretrained", cut)
+        with pytest.raises(LoractError, match="does not load again"):
+            export(adapter[0], tmp_path / "out", quantize="int8")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "run"]
 
 

@@ -99,8 +99,8 @@ def export(
             for pattern in _PROCESSORS:
                 for path in adapter.glob(pattern):
                     shutil.copy2(path, folder)
-        if ids is not None:
-            after = mean_loss(type(model).from_pretrained(out), ids)
+            if ids is not None:
+                after = mean_loss(_read_back(type(model), folder), ids)
     return Exported(
         merged=merged,
         quantised=quantised,
@@ -168,6 +168,15 @@ def _tokens(settings: dict[str, Any], adapter: Path, text: Path | None) -> Tenso
             f"no tokenizer in {str(source)!r} ({reason(error)})", "one to measure the loss with", "--no-loss"
         ) from error
     return text_tokens(tokenizer, text)
+
+
+def _read_back(kind: Any, folder: Path) -> Any:
+    try:
+        return kind.from_pretrained(folder)
+    except Exception as error:  # transformers and bitsandbytes have exceptions of their own
+        raise LoractError(
+            f"a quantised model that does not load again ({reason(error)})", "one that does", "--no-loss, or use none"
+        ) from error
 
 
 @contextmanager
