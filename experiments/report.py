@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments import activation_share, digits, docstrings, instructions, language, photographs, ranks
+from experiments.study import Experiment
 from experiments.tables import tables as tables_of
 from loract.memory import MIB
 from loract.report.panels import INK, label, panels, save
@@ -39,11 +40,18 @@ def lines(folder: Path, name: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
+def runs(folder: Path, task: Experiment) -> list[dict[str, Any]]:
+    """The records of a task in its own sizes, from the machine that wrote the last of them."""
+    sizes = {"batch": task.rows, "steps": task.steps, "rate": task.rate}
+    own = [r for r in lines(folder, task.name) if all(r.get(name, size) == size for name, size in sizes.items())]
+    return [r for r in own if all(r[name] == own[-1][name] for name in ("device", "threads", "torch"))]
+
+
 def tables(folder: Path) -> dict[str, str]:
     """Every table, by the name that the document calls it by."""
     found: dict[str, str] = {}
     for task in TASKS:
-        for title, drawn in tables_of(lines(folder, task.name)).items():
+        for title, drawn in tables_of(runs(folder, task)).items():
             found[f"{task.name}{title and f' at {title}'}"] = drawn
     found[activation_share.NAME] = activation_share.table(lines(folder, activation_share.NAME))
     found[ranks.NAME] = ranks.table(lines(folder, ranks.NAME))
@@ -66,7 +74,7 @@ def figure(folder: Path, out: Path) -> Path:
     drawn, axes = panels(len(TASKS), columns=3, width=3.6, height=3.2)
     for plane, task in zip(axes, TASKS, strict=True):
         by_name: dict[str, list[dict[str, Any]]] = {}
-        for line in lines(folder, task.name):
+        for line in runs(folder, task):
             if not line.get("equal_memory", True):
                 by_name.setdefault(line["method"], []).append(line["values"])
         seen = set[str]()

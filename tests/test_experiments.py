@@ -1,5 +1,6 @@
 """The experiments: every method from one start on the same rows, finished runs kept, tables from records."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -151,6 +152,15 @@ def test_the_document_shows_its_records():
             assert [r["method"] for r in kept if r.get("seed") == seed and not r["equal_memory"]] == methods
         assert [r["method"] for r in kept if "rounds" in r] == methods
         assert {r["steps"] for r in kept if "seed" in r} == {experiment.steps}
+
+
+def test_other_sizes_and_machines_are_not_mixed_in(tmp_path):
+    task = report.TASKS[-1]
+    kept = report.lines(report.FOLDER, task.name)
+    others = [{**kept[0], "steps": 1}, {**kept[0], "rate": 1.0}, {**kept[0], "threads": 64}]
+    text = "".join(json.dumps(line) + "\n" for line in (*others, *kept))
+    (tmp_path / f"{task.name}.jsonl").write_text(text)
+    assert report.runs(tmp_path, task) == report.runs(report.FOLDER, task) == kept
 
 
 def test_a_document_without_a_place_says_so():
