@@ -37,7 +37,7 @@ from loract.compare import Progress, Ticker, checkpointing
 from loract.config import TrainConfig
 from loract.data import standard_library, token_blocks
 from loract.errors import InvalidSpec, nearest
-from loract.footprint import TRACKED, Footprint, adamw, footprint
+from loract.footprint import TRACKED, Footprint, footprint
 from loract.frontier import Journal
 from loract.memory import MIB
 from loract.models import load_model, read_architecture, read_tokenizer
@@ -45,7 +45,7 @@ from loract.optim import ProjectedAdamW
 from loract.policy import preset
 from loract.policyfile import describe
 from loract.report.table import grid
-from loract.studies import machine
+from loract.studies import adamw, machine
 from loract.weights import gemma_270m
 from loract.workload import Workload
 
@@ -71,7 +71,7 @@ class Combination:
         """Of what trains."""
         rate = RATES[self.training]
         if self.training == "LoRA":
-            return adamw(model, rate)
+            return adamw(model, rate, decay=0.0)
         return ProjectedAdamW(model.parameters(), lr=rate, during_backward=True)
 
 

@@ -23,7 +23,7 @@ from loract.attach import attach
 from loract.cli.common import console, parse_dtype, progress_bar
 from loract.compare import Progress, Ticker
 from loract.errors import InvalidSpec, nearest
-from loract.footprint import TRACKED, Footprint, adamw, footprint
+from loract.footprint import TRACKED, Footprint, footprint
 from loract.frontier import Journal
 from loract.memory import MIB
 from loract.optim import ProjectedAdamW, Projection
@@ -31,11 +31,14 @@ from loract.policy import preset
 from loract.policyfile import describe
 from loract.rangefinder import Gaussian, RangeFinder, Sampled
 from loract.report.table import grid
-from loract.studies import machine
+from loract.studies import adamw, machine
 from loract.weights import gemma_270m
 from loract.workload import Workload, workload
 
 Make = Callable[[nn.Module, float], torch.optim.Optimizer]
+
+
+undecayed = partial(adamw, decay=0.0)
 
 
 def projected(finder: RangeFinder) -> Make:
@@ -60,12 +63,12 @@ class Method:
 
 
 METHODS = (
-    Method(name="AdamW", make=adamw, rates=(1e-5, 2e-5)),
-    Method(name="AdamW, balanced", make=adamw, rates=(1e-5,), policy="balanced"),
+    Method(name="AdamW", make=undecayed, rates=(1e-5, 2e-5)),
+    Method(name="AdamW, balanced", make=undecayed, rates=(1e-5,), policy="balanced"),
     Method(name="projected, balanced", make=projected(Sampled()), rates=(2e-5,), policy="balanced"),
     Method(name="Gaussian projected, balanced", make=projected(Gaussian()), rates=(2e-5,), policy="balanced"),
-    Method(name="LoRA", make=adamw, rates=(5e-4,), adapters=True),
-    Method(name="LoRA, balanced", make=adamw, rates=(5e-4,), policy="balanced", adapters=True),
+    Method(name="LoRA", make=undecayed, rates=(5e-4,), adapters=True),
+    Method(name="LoRA, balanced", make=undecayed, rates=(5e-4,), policy="balanced", adapters=True),
 )
 
 

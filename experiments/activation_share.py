@@ -13,20 +13,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 from experiments.study import RECORDS
 from loract.cli import silence
 from loract.cli.common import console, progress_bar
 from loract.compare import Ticker, Variant, contend
 from loract.cpu import fast_bf16
+from loract.footprint import stored_bytes
 from loract.frontier import Journal, methods
 from loract.memory import MIB, step_bytes
 from loract.report.table import grid
 from loract.workload import Work, job
 
 NAME = "activation_share"
-PER_TRAINED = 16
-"""Bytes of a trained weight, its gradient and two moments in fp32."""
+PER_TRAINED = 12
+"""Bytes of a trained weight's gradient and two moments in fp32."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,42 +62,29 @@ def measure(work: Work, size: Size, variant: Variant) -> dict[str, Any]:
     contender = contend(work.model, variant)
     try:
         model, batch = contender.model, work.rows(0, size.batch)
-        tensors = [*model.parameters(), *model.buffers(), *(batch if isinstance(batch, tuple) else (batch,))]
+        tensors = [*model.parameters(), *model.buffers(), *tree_leaves(batch)]
         saved, _ = step_bytes(lambda: work.hidden(model, batch), lambda _: None, tensors)
-        weights = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in model.parameters()}
+        weights = stored_bytes(model.parameters())
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     finally:
         contender.close()
-    return {"weight_bytes": sum(weights.values()), "trained_bytes": (PER_TRAINED - 4) * trained, "saved_bytes": saved}
+    return {"weight_bytes": weights, "trained_bytes": PER_TRAINED * trained, "saved_bytes": saved}
 
 
 def table(found: Sequence[dict[str, Any]]) -> str:
     """One line a size, in Markdown."""
-    lines = [
-        [
-            "model",
-            "rows x tokens",
-            "weights MiB",
-            "gradients, moments",
-            "activations, LoRA",
-            "share",
-            "`balanced`",
-            "share",
-        ]
-    ]
-    lines.append(["---", "---", *["---:"] * 6])
-    plain = [line for line in found if line["method"] == "LoRA"]
-    for line in plain:
-        size = [line[name] for name in ("model", "batch", "length")]
-        ours = next(
-            o for o in found if o["method"] != "LoRA" and [o[name] for name in ("model", "batch", "length")] == size
-        )
-        fixed = line["values"]["weight_bytes"] + line["values"]["trained_bytes"]
-        cells = [f"{line['values'][name] / MIB:.0f}" for name in ("weight_bytes", "trained_bytes")]
-        for each in (line, ours):
-            saved = each["values"]["saved_bytes"]
-            cells += [f"{saved / MIB:.0f}", f"{100 * saved / (saved + fixed):.0f} %"]
-        lines.append([job(size[0]).title, f"{size[1]} x {size[2]}", *cells])
+    heads = ["model", "rows x tokens", "weights MiB", "gradients, moments", "activations, LoRA", "share"]
+    lines = [[*heads, "`balanced`", "share"], ["---", "---", *["---:"] * 6]]
+    sizes: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for line in found:
+        name = job(line["model"]).title, f"{line['batch']} x {line['length']}"
+        sizes.setdefault(name, []).append(line["values"])
+    for name, each in sizes.items():  # LoRA, `balanced`
+        parts = [each[0][part] for part in ("weight_bytes", "trained_bytes")]
+        cells = [f"{part / MIB:.0f}" for part in parts]
+        for saved in (values["saved_bytes"] for values in each):
+            cells += [f"{saved / MIB:.0f}", f"{100 * saved / (saved + sum(parts)):.0f} %"]
+        lines.append([*name, *cells])
     return grid(lines)
 
 

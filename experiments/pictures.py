@@ -7,13 +7,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from experiments.study import Columns, Task, classification, split
+from loract import data
 from loract.workload import adapted, huggingface
 
 SIZE = 32
 """Pixels of a side; patches of 4 make 64 tokens and one for the class."""
+DIGITS = 1797
+"""All there are."""
 PRETRAINING = 250
 ROWS = 32
 BASE = Path("results/experiments/vit_digits_0_to_4.safetensors")
@@ -35,15 +37,10 @@ def transformer(classes: int) -> Any:
 
 
 def digits(first: int, last: int) -> Columns:
-    """Scikit-learn's 8 x 8 handwritten digits from `first` to `last`, scaled up, with classes from 0."""
-    from sklearn.datasets import load_digits
-
-    found: Any = load_digits()
-    images = torch.tensor(found.images, dtype=torch.float32)[:, None] / 8 - 1
-    labels = torch.tensor(found.target)
+    """Handwritten digits from `first` to `last` in grey, with classes from 0."""
+    images, labels = data.digits(DIGITS, SIZE)
     chosen = (labels >= first) & (labels <= last)
-    scaled = functional.interpolate(images[chosen], size=(SIZE, SIZE), mode="bilinear")
-    return {"images": scaled, "labels": labels[chosen] - first}
+    return {"images": images[chosen, :1].contiguous(), "labels": labels[chosen] - first}
 
 
 def logits(model: Any, batch: Columns) -> Tensor:

@@ -5,11 +5,8 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from experiments import docstrings, language
 from experiments.study import RECORDS, Experiment
@@ -19,7 +16,6 @@ from loract.cli.common import console, progress_bar
 from loract.cpu import fast_bf16
 from loract.frontier import Journal
 from loract.report.table import grid
-from loract.rivals import base_dtype
 from loract.studies import adamw, reset_adapters, train_step
 
 NAME = "ranks"
@@ -50,7 +46,7 @@ def measure(experiment: Experiment, journal: Journal, steps: Sequence[int] = STE
     task = experiment.load()
     reset_adapters(task.model, 0)
     optimiser, seen = adamw(task.model, experiment.rate), task.batch(0, 0, experiment.rows)
-    with fast_bf16() if base_dtype(task.model) == torch.bfloat16 else nullcontext(), progress_bar() as progress:
+    with fast_bf16(), progress_bar() as progress:
         for index in range(max(steps) + 1):
             if index in steps and journal.get(key(experiment, index)) is None:
                 spectra = atlas(

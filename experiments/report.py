@@ -15,6 +15,7 @@ from typing import Any
 
 from experiments import activation_share, digits, docstrings, instructions, language, photographs, ranks
 from experiments.study import Experiment
+from experiments.tables import by_method
 from experiments.tables import tables as tables_of
 from loract.memory import MIB
 from loract.report.panels import INK, label, panels, save
@@ -73,10 +74,7 @@ def figure(folder: Path, out: Path) -> Path:
     """Score against saved memory, a panel for each task."""
     drawn, axes = panels(len(TASKS), columns=3, width=3.6, height=3.2)
     for plane, task in zip(axes, TASKS, strict=True):
-        by_name: dict[str, list[dict[str, Any]]] = {}
-        for line in runs(folder, task):
-            if not line.get("equal_memory", True):
-                by_name.setdefault(line["method"], []).append(line["values"])
+        by_name = by_method([line for line in runs(folder, task) if not line.get("equal_memory", True)])
         seen = set[str]()
         for method, each in by_name.items():
             name, colour, mark, _ = next(g for g in GROUPS if method.startswith(g[3]))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,6 @@ from loract.cpu import fast_bf16
 from loract.frontier import MODES, Journal, Settings, methods
 from loract.policy import preset
 from loract.rangefinder import Gaussian
-from loract.rivals import base_dtype
 from loract.studies import optimiser_of, reset_adapters, train_step
 
 RECORDS = Path("results/experiments")
@@ -165,13 +163,16 @@ def time_key(experiment: Experiment, variant: Variant) -> dict[str, Any]:
     return {**found, "rounds": ROUNDS}
 
 
-def bytes_of(contender: Contender, task: Task, batch: Columns) -> tuple[int, int]:
-    """Saved and peak bytes of a step whose shapes were met before: the first one looks at more."""
-    whole_step(contender.model, task, batch)
-    contender.model.zero_grad(set_to_none=True)
-    found = whole_step(contender.model, task, batch)
-    contender.model.zero_grad(set_to_none=True)
-    return found
+def bytes_of(task: Task, variant: Variant, rows: int) -> tuple[int, int]:
+    """Saved and peak bytes of a step of so many rows, the second one: the first looks at shapes."""
+    contender, batch = contend(task.model, variant), task.batch(0, 0, rows)
+    try:
+        for _ in range(2):
+            found = whole_step(contender.model, task, batch)
+            contender.model.zero_grad(set_to_none=True)
+        return found
+    finally:
+        contender.close()
 
 
 def fitting(task: Task, variant: Variant, rows: int, budget: int) -> int:
@@ -179,11 +180,7 @@ def fitting(task: Task, variant: Variant, rows: int, budget: int) -> int:
     least, most = 1, rows
     while least < most:
         middle = (least + most + 1) // 2
-        contender = contend(task.model, variant)
-        try:
-            _, peak = bytes_of(contender, task, task.batch(0, 0, middle))
-        finally:
-            contender.close()
+        _, peak = bytes_of(task, variant, middle)
         least, most = (middle, most) if peak <= budget else (least, middle - 1)
     return least
 
@@ -202,7 +199,8 @@ def measure(task: Task, experiment: Experiment, run: Run, budget: int | None, ti
             batch = task.batch(run.seed, index, rows)
             losses.append(train_step(task, contender.model, optimiser, batch))
         tick(f"{run}: memory and held-out rows")
-        saved, peak = bytes_of(contender, task, task.batch(run.seed, 0, rows))
+        saved, peak = whole_step(contender.model, task, task.batch(run.seed, 0, rows))
+        contender.model.zero_grad(set_to_none=True)
         scores = task.score(contender.model)
     finally:
         contender.close()
@@ -244,29 +242,21 @@ def run_missing(experiment: Experiment, journal: Journal) -> None:
     untimed = any(journal.get(time_key(experiment, v)) is None for v in variants())
     if not missing and not untimed:
         return
+    balanced = next(v for v in variants() if v.name == "loract balanced")
     with progress_bar() as progress:
         progress("loading the model", 0, 1)
         task = experiment.load()
         tick = Ticker(progress, len(missing) * (experiment.steps + 2) + untimed * len(variants()) * (ROUNDS + 1))
-        with fast_bf16() if base_dtype(task.model) == torch.bfloat16 else nullcontext():
+        with fast_bf16():
             budget = None
             for run in missing:
                 if run.equal_memory and budget is None:
-                    budget = _budget(task, experiment)
+                    _, budget = bytes_of(task, balanced, experiment.rows)
                 values = measure(task, experiment, run, budget if run.equal_memory else None, tick)
                 journal.add(key(experiment, run), values)
                 console.print(f"{run}: held-out loss {values['loss']:.4f}", highlight=False)
             if untimed:
                 time_all(task, experiment, journal, tick)
-
-
-def _budget(task: Task, experiment: Experiment) -> int:
-    """Peak bytes of a step of `balanced`."""
-    contender = contend(task.model, next(v for v in variants() if v.name == "loract balanced"))
-    try:
-        return bytes_of(contender, task, task.batch(0, 0, experiment.rows))[1]
-    finally:
-        contender.close()
 
 
 def main(experiment: Experiment, arguments: Sequence[str] | None = None) -> None:

@@ -20,11 +20,17 @@ def tables(records: Sequence[dict[str, Any]]) -> dict[str, str]:
     return found
 
 
+def by_method(records: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """The values of each method's runs."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for line in records:
+        found.setdefault(line["method"], []).append(line["values"])
+    return found
+
+
 def _table(records: Sequence[dict[str, Any]], times: dict[str, float]) -> str:
     """Means over the seeds, with what the seeds differ by."""
-    by_name: dict[str, list[dict[str, Any]]] = {}
-    for line in records:
-        by_name.setdefault(line["method"], []).append(line["values"])
+    by_name = by_method(records)
     plain = next(iter(by_name.values()))
     several, scored = len(plain) > 1, "accuracy" in plain[0]
     rows = {values["rows"] for each in by_name.values() for values in each}

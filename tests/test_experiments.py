@@ -14,7 +14,6 @@ from torch.nn import functional
 from causal import causal
 from experiments import activation_share, instructions, language, photographs, pictures, ranks, report, study
 from experiments.tables import tables
-from loract.compare import contend
 from loract.memory import MIB
 from loract.workload import JOBS, Workload
 from test_benchmarks import characters
@@ -73,11 +72,7 @@ def test_equal_memory_is_kept_and_used(records):
     assert found["loract balanced"]["rows"] == 4
 
     def peak(variant, rows):
-        contender = contend(model.model, variant)
-        try:
-            return study.bytes_of(contender, model, model.batch(0, 0, rows))[1]
-        finally:
-            contender.close()
+        return study.bytes_of(model, variant, rows)[1]
 
     budget = peak(balanced, 4)
     plain = study.variants()[0]

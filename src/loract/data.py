@@ -36,8 +36,7 @@ def standard_library(split: Split) -> Iterator[str]:
 def prose(split: Split) -> Iterator[str]:
     """Docstrings of the standard library's top-level modules, their classes and functions: a text for each file."""
     for source in standard_library(split):
-        nodes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Module | DOCUMENTED)]
-        if kept := [doc for node in nodes if (doc := ast.get_docstring(node)) and len(doc) > SHORTEST]:
+        if kept := _docstrings(source, ast.Module | DOCUMENTED):
             yield "\n\n".join(kept)
 
 
@@ -86,9 +85,13 @@ class ByteTokenizer:
 def docstrings(package: str) -> Iterator[str]:
     """Docstrings of more than 40 characters of the package's functions and classes, in the order of its files."""
     for path in sorted((Path(sysconfig.get_paths()["stdlib"]) / package).rglob("*.py")):
-        tree = ast.parse(path.read_text(encoding="utf-8", errors="replace"))
-        nodes = [n for n in ast.walk(tree) if isinstance(n, DOCUMENTED)]
-        yield from sorted({doc for node in nodes if (doc := ast.get_docstring(node)) and len(doc) > SHORTEST})
+        yield from sorted(set(_docstrings(path.read_text(encoding="utf-8", errors="replace"), DOCUMENTED)))
+
+
+def _docstrings(source: str, kinds: Any) -> list[str]:
+    """Those of some kinds of node that are long enough to say something."""
+    nodes: list[Any] = [node for node in ast.walk(ast.parse(source)) if isinstance(node, kinds)]
+    return [doc for node in nodes if (doc := ast.get_docstring(node)) and len(doc) > SHORTEST]
 
 
 def digits(count: int, size: int) -> tuple[Tensor, Tensor]:

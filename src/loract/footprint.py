@@ -24,11 +24,6 @@ Make = Callable[[nn.Module], torch.optim.Optimizer]
 """Makes the optimiser of what trains in a model."""
 
 
-def adamw(model: nn.Module, rate: float) -> torch.optim.Optimizer:
-    """Torch's, without decay."""
-    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate, weight_decay=0.0)
-
-
 @dataclass(frozen=True, kw_only=True)
 class Headed(Workload):
     """With a loss that makes the gradient of the head's weight once, and hands it over apart from the embedding's."""

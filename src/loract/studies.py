@@ -231,9 +231,9 @@ def warm(work: Work, tick: Ticker) -> None:
         train_step(work, work.model, optimiser, work.warm_batch(index))
 
 
-def adamw(model: Any, rate: float = LEARNING_RATE) -> torch.optim.Optimizer:
+def adamw(model: Any, rate: float = LEARNING_RATE, *, decay: float = 0.01) -> torch.optim.Optimizer:
     """AdamW over what trains: the optimiser of every study."""
-    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate)
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate, weight_decay=decay)
 
 
 def optimiser_of(contender: Contender, rate: float = LEARNING_RATE) -> torch.optim.Optimizer:
